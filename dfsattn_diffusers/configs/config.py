@@ -1,0 +1,205 @@
+"""One frozen dataclass that holds every choice of the method."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ORDERS = ("hilbert3d", "hilbert2d", "cuboid", "raster")
+BUDGETS = ("row", "head", "layer")
+SELECTIONS = ("mass",)
+_CHOICES = {"order": ORDERS, "budget": BUDGETS, "selection": SELECTIONS}
+
+
+@dataclass(frozen=True)
+class DFSAttnConfig:
+    """What runs dense, what runs sparse, and how the kept blocks are chosen.
+
+    The defaults are the method as published (Hu et al., arXiv 2605.23445). Fractions refer to the
+    denoising steps of one generation, so the same config serves 4, 8, 20 or 50 steps.
+
+    Args:
+        dense_fraction: Share of the run, from its start, with dense attention; in [0, 1]. The
+            global layout of a video is settled there: less is faster and drifts from the dense
+            video. Any share above 0 keeps at least one dense step.
+        keep_ratios: Kept share of video key blocks, one value per refresh, each in (0, 1], never
+            rising along the run. The last one holds until the end. Costs are proportional to it.
+        refreshes: Number of times the block maps are computed, or None for one per keep ratio.
+            A new map follows the video better; each costs about as much as a few key blocks.
+        refresh_interval: Share of the run between two refreshes; in (0, 1].
+        order: Curve along which video tokens are grouped into blocks: "hilbert3d", and for
+            comparison "hilbert2d" (per frame), "cuboid" (3-D boxes) and "raster".
+        tile_size: Tokens averaged into one tile for scoring; finer scores better, costs more.
+        query_block: Query tokens that share one selection.
+        key_block: Key tokens kept or dropped together.
+        tail: Approximation of what is not kept; None drops it, as the paper does.
+        budget: Rows among which the kept blocks are shared: "row" gives every query block the
+            same number, "head" and "layer" give more to those that need more.
+        selection: Ranking of blocks: "mass" is estimated attention mass.
+        dense_layers: Indices of layers that stay dense in every step.
+        min_tokens: With fewer video tokens than this, attention stays dense.
+        share_maps_across_branches: Use the first guidance branch's map for the others too, where
+            branches are separate calls. Saves refreshes and memory, follows the prompt less well.
+        backend: Kernel: "auto" or a name from `dfsattn_diffusers.kernels.list_backends()`.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A value is out of range, or values do not fit together.
+    """
+
+    dense_fraction: float = 0.25
+    keep_ratios: tuple[float, ...] = (0.3, 0.2, 0.1)
+    refreshes: int | None = None
+    refresh_interval: float = 0.25
+    order: str = "hilbert3d"
+    tile_size: int = 16
+    query_block: int = 128
+    key_block: int = 128
+    tail: str | None = None
+    budget: str = "row"
+    selection: str = "mass"
+    dense_layers: tuple[int, ...] = ()
+    min_tokens: int = 0
+    share_maps_across_branches: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self):
+        for name in ("keep_ratios", "dense_layers"):
+            object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
+        _check_fraction("dense_fraction", self.dense_fraction, zero_allowed=True)
+        _check_fraction("refresh_interval", self.refresh_interval)
+        self._check_keep_ratios()
+        if self.refreshes is not None:
+            _check_int("refreshes", self.refreshes, least=len(self.keep_ratios))
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}."
+                )
+        self._check_blocks()
+        if self.tail is not None:
+            raise ValueError(
+                f"tail must be None, got {self.tail!r}: this release drops the blocks that are not "
+                "kept, as the paper does."
+            )
+        for layer in self.dense_layers:
+            _check_int("dense_layers", layer, least=0)
+        _check_int("min_tokens", self.min_tokens, least=0)
+        if not isinstance(self.share_maps_across_branches, bool):
+            raise TypeError(
+                "share_maps_across_branches must be True or False; got "
+                f"{self.share_maps_across_branches!r}."
+            )
+        if not isinstance(self.backend, str) or not self.backend:
+            raise TypeError(f'backend must be "auto" or a backend\'s name; got {self.backend!r}.')
+
+    def _check_keep_ratios(self) -> None:
+        if not self.keep_ratios:
+            raise ValueError("keep_ratios must hold at least one value in (0, 1]; got none.")
+        for ratio in self.keep_ratios:
+            _check_fraction("keep_ratios", ratio)
+        if any(later > earlier for earlier, later in zip(self.keep_ratios, self.keep_ratios[1:])):
+            raise ValueError(
+                f"keep_ratios must not rise along the run; got {self.keep_ratios}. Put the "
+                "largest first."
+            )
+
+    def _check_blocks(self) -> None:
+        for name in ("tile_size", "query_block", "key_block"):
+            _check_int(name, getattr(self, name), least=1)
+        for name in ("query_block", "key_block"):
+            if getattr(self, name) % self.tile_size:
+                raise ValueError(
+                    f"tile_size must divide {name}; got tile_size {self.tile_size} and {name} "
+                    f"{getattr(self, name)}."
+                )
+        small, large = sorted((self.query_block, self.key_block))
+        if large % small:
+            raise ValueError(
+                "One of query_block and key_block must divide the other; got "
+                f"{self.query_block} and {self.key_block}."
+            )
+
+    def replace(self, **changes: Any) -> DFSAttnConfig:
+        """A copy with some fields changed; an unknown name raises `ValueError`."""
+        return self.from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        fields = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DFSAttnConfig:
+        """Build a config from plain data; an unknown name raises `ValueError`."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"Unknown config field {', '.join(map(repr, unknown))}; known fields are "
+                f"{', '.join(sorted(known))}."
+            )
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        """Write the config to a `.json`, `.yaml` or `.yml` file."""
+        path = Path(path)
+        if _is_yaml(path):
+            text = _import_yaml().safe_dump(self.to_dict(), sort_keys=False)
+        else:
+            text = json.dumps(self.to_dict(), indent=2) + "\n"
+        path.write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> DFSAttnConfig:
+        """Read a config from a `.json`, `.yaml` or `.yml` file; fields left out keep defaults."""
+        path = Path(path)
+        reader = _import_yaml().safe_load if _is_yaml(path) else json.loads
+        values = reader(path.read_text(encoding="utf-8"))
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"{path} must hold one mapping of config fields; got {type(values).__name__}."
+            )
+        return cls.from_dict(values)
+
+
+def _as_tuple(name: str, value: Any) -> tuple:
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        raise TypeError(f"{name} must be a sequence of numbers; got {value!r}.")
+    return tuple(value)
+
+
+def _check_fraction(name: str, value: Any, zero_allowed: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {value!r}.")
+    if not (0 < value <= 1 or (zero_allowed and value == 0)):
+        interval = "[0, 1]" if zero_allowed else "(0, 1]"
+        raise ValueError(f"{name} must lie in {interval}; got {value!r}.")
+
+
+def _check_int(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number; got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}.")
+
+
+def _is_yaml(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    if suffix not in (".json", ".yaml", ".yml"):
+        raise ValueError(f"A config file ends in .json, .yaml or .yml; got {str(path)!r}.")
+    return suffix != ".json"
+
+
+def _import_yaml():
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError(
+            "YAML config files need PyYAML: pip install 'dfsattn_diffusers[yaml]', or use .json."
+        ) from error
+    return yaml

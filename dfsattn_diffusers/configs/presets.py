@@ -1,0 +1,60 @@
+"""Named configs, as differences from the defaults (which are the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .config import DFSAttnConfig
+
+DEFAULT_PRESET = "balanced"
+
+# Below about 4,000 tokens dense attention is too short for sparsity to pay.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "quality": dict(keep_ratios=(0.5, 0.4, 0.3), budget="layer", min_tokens=4096),
+    "balanced": dict(budget="layer", min_tokens=4096),
+    "fast": dict(
+        dense_fraction=0.15,
+        keep_ratios=(0.25, 0.15, 0.1),
+        refresh_interval=0.15,
+        budget="layer",
+        min_tokens=4096,
+    ),
+}
+
+
+def list_presets() -> tuple[str, ...]:
+    """Names that `enable_dfsattn` and `resolve_config` accept."""
+    return tuple(_PRESETS)
+
+
+def resolve_config(
+    config: DFSAttnConfig | Mapping[str, Any] | str | Path, **overrides: Any
+) -> DFSAttnConfig:
+    """Turn any accepted form of a config into a `DFSAttnConfig`.
+
+    Args:
+        config: A config, a mapping of its fields, a preset's name, or the path of a JSON or YAML
+            file. A string with a config file's ending is a path, any other a preset.
+        **overrides: Fields that replace those of `config`.
+
+    Raises:
+        ValueError: The preset or a field is unknown, or a value is out of range.
+        FileNotFoundError: The file does not exist.
+    """
+    if isinstance(config, DFSAttnConfig):
+        resolved = config
+    elif isinstance(config, Mapping):
+        resolved = DFSAttnConfig.from_dict(config)
+    elif isinstance(config, Path) or str(config).lower().endswith((".json", ".yaml", ".yml")):
+        resolved = DFSAttnConfig.load(config)
+    elif config in _PRESETS:
+        resolved = DFSAttnConfig(**_PRESETS[config])
+    else:
+        raise ValueError(
+            f"Unknown preset {config!r}; known presets are {', '.join(_PRESETS)}. A config file "
+            "needs the ending .json, .yaml or .yml."
+        )
+    return resolved.replace(**overrides) if overrides else resolved

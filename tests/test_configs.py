@@ -1,0 +1,110 @@
+import builtins
+import dataclasses
+
+import pytest
+
+from dfsattn_diffusers import DFSAttnConfig, list_presets
+from dfsattn_diffusers.configs import resolve_config
+
+
+def test_paper_preset_is_the_paper():
+    paper = resolve_config("paper")
+    assert paper == DFSAttnConfig(
+        dense_fraction=0.25,
+        keep_ratios=(0.3, 0.2, 0.1),
+        refresh_interval=0.25,
+        order="hilbert3d",
+        tile_size=16,
+        query_block=128,
+        key_block=128,
+        tail=None,
+        budget="row",
+        selection="mass",
+        dense_layers=(),
+        min_tokens=0,
+    )
+
+
+@pytest.mark.parametrize("name", list_presets())
+@pytest.mark.parametrize("ending", ["json", "yaml", "yml"])
+def test_presets_survive_files(name, ending, tmp_path):
+    config = resolve_config(name)
+    path = tmp_path / f"config.{ending}"
+    config.save(path)
+    assert DFSAttnConfig.load(path) == config == resolve_config(str(path)) == resolve_config(path)
+    assert DFSAttnConfig.from_dict(config.to_dict()) == config
+    assert resolve_config(config.to_dict()) == config
+
+
+def test_overrides_and_immutability():
+    config = resolve_config("paper", keep_ratios=[0.5], dense_layers=[0, 3])
+    assert config.keep_ratios == (0.5,) and config.dense_layers == (0, 3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.order = "raster"
+    assert hash(config) == hash(config.replace(order="hilbert3d"))
+
+
+@pytest.mark.parametrize(
+    "fields, error, message",
+    [
+        (dict(keep_ratios=(0.3, 1.2)), ValueError, r"keep_ratios must lie in \(0, 1\]; got 1.2"),
+        (dict(keep_ratios=(0,)), ValueError, r"keep_ratios must lie in \(0, 1\]; got 0"),
+        (dict(keep_ratios=(float("nan"),)), ValueError, r"got nan"),
+        (dict(keep_ratios=()), ValueError, "at least one value"),
+        (dict(keep_ratios=(0.1, 0.2)), ValueError, "must not rise along the run"),
+        (dict(keep_ratios=0.3), TypeError, "keep_ratios must be a sequence of numbers; got 0.3"),
+        (dict(keep_ratios="0.3"), TypeError, "keep_ratios must be a sequence"),
+        (dict(dense_fraction=-0.1), ValueError, r"dense_fraction must lie in \[0, 1\]"),
+        (dict(dense_fraction="some"), TypeError, "dense_fraction must be a number"),
+        (dict(refresh_interval=0), ValueError, r"refresh_interval must lie in \(0, 1\]"),
+        (dict(refreshes=2), ValueError, "refreshes must be at least 3; got 2"),
+        (dict(order="peano"), ValueError, "order must be one of hilbert3d"),
+        (dict(budget="all"), ValueError, "budget must be one of row"),
+        (dict(selection="luck"), ValueError, "selection must be one of mass"),
+        (dict(tile_size=24), ValueError, "tile_size must divide query_block"),
+        (dict(key_block=96), ValueError, "must divide the other; got 128 and 96"),
+        (dict(query_block=0), ValueError, "query_block must be at least 1"),
+        (dict(tail="mean"), ValueError, "tail must be None"),
+        (dict(dense_layers=(-1,)), ValueError, "dense_layers must be at least 0"),
+        (dict(dense_layers=("12",)), TypeError, "dense_layers must be a whole number"),
+        (dict(min_tokens=1.5), TypeError, "min_tokens must be a whole number"),
+        (dict(share_maps_across_branches="False"), TypeError, "must be True or False"),
+        (dict(backend=None), TypeError, "backend must be"),
+    ],
+    ids=str,
+)
+def test_bad_fields(fields, error, message):
+    with pytest.raises(error, match=message):
+        DFSAttnConfig(**fields)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="Unknown preset 'turbo!'; known presets are paper"):
+        resolve_config("turbo!")
+    with pytest.raises(ValueError, match="Unknown config field 'sparsity'; known fields are"):
+        resolve_config({"sparsity": 0.3})
+    with pytest.raises(ValueError, match="Unknown config field 'keep_ratio'"):
+        resolve_config("paper", keep_ratio=0.3)
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        resolve_config("nowhere.json")
+    with pytest.raises(ValueError, match="ends in .json, .yaml or .yml"):
+        DFSAttnConfig().save(tmp_path / "config.toml")
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(ValueError, match="must hold one mapping of config fields; got list"):
+        DFSAttnConfig.load(tmp_path / "list.json")
+
+
+def test_yaml_without_its_extra(monkeypatch, tmp_path):
+    real_import = builtins.__import__
+
+    def no_yaml(name, *args, **kwargs):
+        if name == "yaml":
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_yaml)
+    with pytest.raises(ImportError, match=r"pip install 'dfsattn_diffusers\[yaml\]', or use .json"):
+        DFSAttnConfig().save(tmp_path / "config.yaml")

@@ -1,0 +1,138 @@
+"""Where every token of one transformer forward lies, in the model's order and in curve order."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .curves import inverse_order, visiting_order
+
+
+@dataclass(frozen=True)
+class TokenGeometry:
+    """The tokens of one forward as the model lays them out.
+
+    Attributes:
+        grid: Frames, height and width of the video, in tokens.
+        text_tokens: Text tokens in the same sequence, padding included; 0 without joint text.
+        text_first: Whether text precedes the video.
+    """
+
+    grid: tuple[int, int, int]
+    text_tokens: int = 0
+    text_first: bool = False
+
+    @property
+    def video_tokens(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def tokens(self) -> int:
+        return self.video_tokens + self.text_tokens
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """A `TokenGeometry` cut into blocks along a curve.
+
+    Curve order is video along the curve, then text. Each of the two is padded to whole blocks, so
+    that no block mixes them: `P` slots in all. Build it with `TokenLayout.build`.
+
+    Attributes:
+        source: `[P]` int64, the model's position of each slot; padding repeats an existing token.
+        target: `[P]` int32, the same with -1 for padding.
+        restore: `[N]` int64, the slot of each of the model's positions.
+    """
+
+    geometry: TokenGeometry
+    tile_size: int
+    query_block: int
+    key_block: int
+    source: Tensor
+    target: Tensor
+    restore: Tensor
+
+    @classmethod
+    def build(
+        cls,
+        geometry: TokenGeometry,
+        *,
+        order: str,
+        tile_size: int,
+        query_block: int,
+        key_block: int,
+        device: torch.device | str = "cpu",
+    ) -> TokenLayout:
+        """Lay out `geometry` along `order`, on `device`. One of the blocks divides the other."""
+        block = max(query_block, key_block)
+        video = visiting_order(order, geometry.grid)
+        text = torch.arange(geometry.text_tokens)
+        if geometry.text_first:
+            video = video + geometry.text_tokens
+        else:
+            text = text + geometry.video_tokens
+        target = torch.cat([_pad(video, block), _pad(text, block)])
+        # Padding slots copy a real token, so that they are finite and cost no extra memory.
+        source = torch.where(target < 0, video[0], target)
+        restore = torch.nonzero(target >= 0).flatten()[inverse_order(torch.cat([video, text]))]
+        return cls(
+            geometry,
+            tile_size,
+            query_block,
+            key_block,
+            source.to(device),
+            target.to(device, torch.int32),
+            restore.to(device),
+        )
+
+    @property
+    def video_slots(self) -> int:
+        return _padded(self.geometry.video_tokens, max(self.query_block, self.key_block))
+
+    @property
+    def slots(self) -> int:
+        return self.source.numel()
+
+    @property
+    def full_key_blocks(self) -> int:
+        """Leading key blocks without padding, whatever the text lengths."""
+        return self.geometry.video_tokens // self.key_block
+
+    def to_curve(self, x: Tensor) -> Tensor:
+        """Model order `[B, N, H, D]` to curve order `[B, H, P, D]`, contiguous."""
+        return x.transpose(1, 2).index_select(2, self.source)
+
+    def from_curve(self, x: Tensor) -> Tensor:
+        """Curve order `[B, H, P, D]` back to model order `[B, N, H, D]`; drops padding."""
+        return x.index_select(2, self.restore).transpose(1, 2)
+
+    def lengths(self, size: int, text_lengths: Tensor | None = None) -> Tensor:
+        """Number of real tokens in each run of `size` slots.
+
+        Args:
+            size: Slots per run: a tile or a block; divides the padded segments.
+            text_lengths: `[B]` integers, valid text tokens per batch row; None means all.
+
+        Returns:
+            `[B, P / size]` int32, with `B = 1` where `text_lengths` is None.
+        """
+        start = torch.arange(0, self.slots, size, device=self.source.device, dtype=torch.int32)
+        is_text = start >= self.video_slots
+        if text_lengths is None:
+            text_end = start.new_full((1, 1), self.geometry.text_tokens)
+        else:
+            text_end = text_lengths.to(torch.int32).clamp(max=self.geometry.text_tokens)[:, None]
+        end = torch.where(is_text, text_end + self.video_slots, self.geometry.video_tokens)
+        return (end - start).clamp(0, size).to(torch.int32)
+
+
+def _padded(tokens: int, block: int) -> int:
+    return -(-tokens // block) * block
+
+
+def _pad(positions: Tensor, block: int) -> Tensor:
+    missing = _padded(positions.numel(), block) - positions.numel()
+    return torch.cat([positions, positions.new_full((missing,), -1)])

@@ -1,0 +1,79 @@
+"""When attention is dense, when a block map is computed, when it is reused."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from .configs import DFSAttnConfig
+
+Mode = Literal["dense", "refresh", "reuse"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one attention call does.
+
+    Attributes:
+        mode: "dense", "refresh" (compute a map and use it) or "reuse" (use the last map).
+        keep_ratio: Kept share of video key blocks; 1 where dense.
+        segment: Refreshes that are due so far, less one; -1 where dense.
+        reason: Why the call is dense; empty otherwise.
+    """
+
+    mode: Mode
+    keep_ratio: float = 1.0
+    segment: int = -1
+    reason: str = ""
+
+
+def steps_of(fraction: float, num_steps: int) -> int:
+    """A share of the run in whole steps: nearest, halves down, at least one unless it is 0.
+
+    50 steps at 0.25 give the paper's 12.
+    """
+    if fraction == 0:
+        return 0
+    return max(1, math.ceil(fraction * num_steps - 0.5))
+
+
+def segment_of(step: int, num_steps: int, config: DFSAttnConfig) -> int:
+    """Index of the map that is due in a step, counted from 0; -1 in the dense part."""
+    since_dense = step - steps_of(config.dense_fraction, num_steps)
+    if since_dense < 0:
+        return -1
+    refreshes = config.refreshes or len(config.keep_ratios)
+    return min(since_dense // steps_of(config.refresh_interval, num_steps), refreshes - 1)
+
+
+def decide(
+    step: int,
+    num_steps: int,
+    layer: int,
+    config: DFSAttnConfig,
+    *,
+    video_tokens: int,
+    cached_segment: int | None,
+) -> Decision:
+    """Decide for one attention call.
+
+    Args:
+        step: Denoising step, from 0.
+        num_steps: Steps of the whole run.
+        layer: Index of the layer among those that can be sparse.
+        config: The method's settings.
+        video_tokens: Video tokens of this forward.
+        cached_segment: Segment of the map that is at hand, None without one. A map of an earlier
+            segment is out of date, so a layer that a block cache skipped refreshes when it runs.
+    """
+    if layer in config.dense_layers:
+        return Decision("dense", reason="dense layer")
+    if video_tokens < config.min_tokens:
+        return Decision("dense", reason=f"fewer than {config.min_tokens} video tokens")
+    segment = segment_of(step, num_steps, config)
+    if segment < 0:
+        return Decision("dense", reason="first part of the run")
+    keep_ratio = config.keep_ratios[min(segment, len(config.keep_ratios) - 1)]
+    mode = "reuse" if cached_segment == segment else "refresh"
+    return Decision(mode, keep_ratio, segment)

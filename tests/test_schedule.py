@@ -1,0 +1,77 @@
+import pytest
+
+from dfsattn_diffusers.configs import DFSAttnConfig
+from dfsattn_diffusers.schedule import decide, segment_of, steps_of
+
+PAPER = DFSAttnConfig()
+
+
+def modes(num_steps, config=PAPER, skip=()):
+    """Mode and ratio of one layer over a run, with a block cache that skips some steps."""
+    cached, out = None, []
+    for step in range(num_steps):
+        if step in skip:
+            out.append(None)
+            continue
+        d = decide(step, num_steps, 3, config, video_tokens=9999, cached_segment=cached)
+        cached = d.segment if d.mode != "dense" else cached
+        out.append((d.mode, d.keep_ratio))
+    return out
+
+
+def test_fifty_steps_are_the_papers():
+    run = modes(50)
+    assert [mode for mode, _ in run[:12]] == ["dense"] * 12
+    assert [step for step, (mode, _) in enumerate(run) if mode == "refresh"] == [12, 24, 36]
+    assert [ratio for _, ratio in run[12:]] == [0.3] * 12 + [0.2] * 12 + [0.1] * 14
+
+
+@pytest.mark.parametrize(
+    "num_steps, dense, refreshes",
+    [(4, 1, [1, 2, 3]), (7, 2, [2, 4, 6]), (8, 2, [2, 4, 6]), (20, 5, [5, 10, 15])],
+)
+def test_other_step_counts_scale(num_steps, dense, refreshes):
+    run = modes(num_steps)
+    assert [mode for mode, _ in run].count("dense") == dense
+    assert [step for step, (mode, _) in enumerate(run) if mode == "refresh"] == refreshes
+
+
+@pytest.mark.parametrize("num_steps", range(1, 101))
+def test_any_run_starts_dense_and_never_raises_its_ratio(num_steps):
+    run = modes(num_steps)
+    ratios = [ratio for _, ratio in run]
+    assert run[0][0] == "dense"
+    assert ratios == sorted(ratios, reverse=True)
+    assert sum(mode == "refresh" for mode, _ in run) <= 3
+
+
+def test_a_skipped_refresh_is_made_up_for():
+    run = modes(50, skip={12, 13, 24})
+    assert run[14] == ("refresh", 0.3) and run[25] == ("refresh", 0.2)
+
+
+def test_a_missing_map_is_built_whatever_the_step():
+    late = decide(30, 50, 0, PAPER, video_tokens=9999, cached_segment=None)
+    assert (late.mode, late.keep_ratio) == ("refresh", 0.2)
+
+
+def test_more_refreshes_than_ratios_keep_the_last_ratio():
+    config = DFSAttnConfig(keep_ratios=(0.4, 0.2), refreshes=5, refresh_interval=0.1)
+    run = modes(50, config)
+    assert [s for s, (mode, _) in enumerate(run) if mode == "refresh"] == [12, 17, 22, 27, 32]
+    assert run[-1] == ("reuse", 0.2)
+
+
+def test_reasons_for_dense():
+    config = DFSAttnConfig(dense_layers=(2,), min_tokens=100)
+    at = dict(video_tokens=100, cached_segment=None)
+    assert decide(20, 50, 2, config, **at).reason == "dense layer"
+    assert decide(0, 50, 1, config, **at).reason == "first part of the run"
+    few = decide(20, 50, 1, config, video_tokens=99, cached_segment=None)
+    assert few.reason == "fewer than 100 video tokens"
+    assert decide(20, 50, 1, config, **at).mode == "refresh"
+
+
+def test_shares_in_whole_steps():
+    assert steps_of(0.25, 50) == 12 and steps_of(0, 50) == 0 and steps_of(0.01, 4) == 1
+    assert segment_of(0, 4, DFSAttnConfig(dense_fraction=0)) == 0

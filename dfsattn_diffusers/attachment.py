@@ -1,0 +1,121 @@
+"""Puts processors and hook on one transformer, watches over them, and takes them off again."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from .hook import StepClock, TransformerHook
+from .processors import ModelAdapter, adapter_for
+from .state import DFSAttnState
+
+logger = logging.getLogger(__name__)
+
+# Attribute under which a transformer knows the attachment it carries.
+_ATTRIBUTE = "_dfsattn_attachment"
+
+
+def attachment_of(transformer: torch.nn.Module) -> Attachment | None:
+    """The attachment that a transformer carries, if any."""
+    return vars(transformer).get(_ATTRIBUTE)
+
+
+def restore_stock(transformer: torch.nn.Module) -> None:
+    """Replace processors of ours that remember no original by the model's stock ones."""
+    adapter = adapter_for(transformer)
+    for key, processor in transformer.attn_processors.items():
+        if getattr(processor, "is_dfsattn", False):
+            attn = transformer.get_submodule(key.removesuffix(".processor"))
+            stock = adapter.stock_processor(key, attn)
+            for setting in ("_attention_backend", "_parallel_config"):
+                if hasattr(stock, setting):
+                    setattr(stock, setting, getattr(processor, setting))
+            attn.set_processor(stock)
+
+
+class Attachment:
+    """DFSAttn on one transformer.
+
+    Args:
+        transformer: The denoiser.
+        adapter: What is known of its class.
+        state: Of the pipeline.
+        clock: Of the pipeline.
+        name: Of the transformer within the pipeline.
+    """
+
+    def __init__(
+        self,
+        transformer: torch.nn.Module,
+        adapter: ModelAdapter,
+        state: DFSAttnState,
+        clock: StepClock,
+        name: str,
+    ):
+        self.transformer = transformer
+        self._adapter = adapter
+        self._originals = dict(transformer.attn_processors)
+        self._modules = {
+            key: transformer.get_submodule(key.removesuffix(".processor"))
+            for key in self._originals
+            if adapter.is_sparse_layer(key)
+        }
+        self._ours = {
+            key: adapter.processor_class(state, layer, self._originals[key])
+            for layer, key in enumerate(self._modules)
+        }
+        self._hook = TransformerHook(transformer, adapter, state, clock, name, self._watch)
+
+    def attach(self) -> None:
+        self._refuse_context_parallel()
+        for key, module in self._modules.items():
+            module.set_processor(self._ours[key])
+        self._hook.install()
+        setattr(self.transformer, _ATTRIBUTE, self)
+
+    def detach(self) -> None:
+        """Put the very processors back that were there before, where ours still stand."""
+        self.abandon()
+        for key, module in self._modules.items():
+            if module.processor is self._ours[key]:
+                module.set_processor(self._originals[key])
+
+    def abandon(self) -> None:
+        """Stop listening and leave the processors as they are."""
+        self._hook.remove()
+        delattr(self.transformer, _ATTRIBUTE)
+
+    def _watch(self) -> bool:
+        """Before every forward: tells whether any of our processors is still in place."""
+        self._refuse_context_parallel()
+        for key, module in self._modules.items():
+            replaced = module.processor is not self._ours[key]
+            if replaced and isinstance(module.processor, self._adapter.silent_replacements):
+                self._originals[key] = module.processor
+                module.set_processor(self._ours[key])
+        if any(module.processor is self._ours[key] for key, module in self._modules.items()):
+            return True
+        logger.info("All DFSAttn processors were replaced by others: DFSAttn is off.")
+        self.abandon()
+        return False
+
+    def _refuse_context_parallel(self) -> None:
+        holders: list[Any] = [self.transformer, *self.transformer.attn_processors.values()]
+        for holder in holders:
+            config = getattr(holder, "_parallel_config", None)
+            config = getattr(config, "context_parallel_config", config)
+            if config is None:
+                continue
+            if (getattr(config, "ring_degree", None) or 1) > 1:
+                raise ValueError(
+                    f"Ring context parallelism (ring_degree={config.ring_degree}) cannot work with "
+                    "DFSAttn: no rank sees all keys, so none can choose among them. Run without "
+                    "context parallelism."
+                )
+            if (getattr(config, "ulysses_degree", None) or 1) > 1:
+                raise ValueError(
+                    f"Ulysses context parallelism (ulysses_degree={config.ulysses_degree}) is not "
+                    "supported by this release of DFSAttn. Run without context parallelism."
+                )

@@ -1,0 +1,64 @@
+"""Implementations of `block_sparse_attention`: drop a module into this folder and it exists.
+
+A backend module has
+    NAME: its own module name, also what users call it;
+    AUTO_DEVICES: device types on which "auto" may choose it, None for all;
+    SPEED: "auto" takes the highest that can do the call;
+    why_not(call) -> str | None: the reason why it cannot do this call;
+    forward(call): fills `call.out` and, where it is not None, `call.lse`.
+Modules whose names begin with an underscore are helpers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType, SimpleNamespace
+
+from torch import Tensor
+
+from ..block_map import BlockMap
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Checked arguments of one `block_sparse_attention`, all optional ones filled in.
+
+    Attributes:
+        q: `[B, H, Nq, D]`.
+        k, v: `[B, H, Nk, D]`.
+        key_lengths: `[B, nK]` int32 or None, real keys at the front of each key block.
+        full_key_blocks: Key blocks before this index are full in every batch row.
+        output_order: `[Nq]` int32 or None, the row of `out` for each query; -1 drops it.
+        out: `[B, H, M, D]`, to be written.
+        lse: `[B, H, Nq]` float32 or None, to be written.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    block_map: BlockMap
+    scale: float
+    key_lengths: Tensor | None
+    full_key_blocks: int
+    output_order: Tensor | None
+    out: Tensor
+    lse: Tensor | None
+
+
+def list_backends() -> list[str]:
+    """Names of all backends, whether this machine can run them or not."""
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in names if not name.startswith("_"))
+
+
+@cache
+def load_backend(name: str) -> ModuleType | SimpleNamespace:
+    """The backend module; one that cannot be imported here says so in `why_not`."""
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ImportError as error:
+        reason = f"{error}; install what is missing"
+        return SimpleNamespace(NAME=name, AUTO_DEVICES=None, SPEED=0, why_not=lambda call: reason)

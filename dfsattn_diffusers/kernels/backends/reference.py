@@ -1,0 +1,114 @@
+"""The specification, in plain torch, on any device: gather the kept blocks, then softmax."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import AttentionCall
+
+NAME = "reference"
+AUTO_DEVICES = None
+SPEED = 0
+
+# Elements of the largest temporary of a chunk: a CPU's second-level cache should hold it.
+_CHUNK_ELEMENTS = 2**21
+
+
+def why_not(call: AttentionCall) -> None:
+    """It does every call."""
+
+
+def forward(call: AttentionCall) -> None:
+    """Fill `call.out` and `call.lse`; memory is O(N) plus one chunk of query blocks."""
+    block_map = call.block_map
+    batch, heads, num_queries, head_dim = call.q.shape
+    num_rows, num_blocks = block_map.counts[0, 0].numel(), block_map.num_key_blocks
+    dtype = torch.promote_types(call.q.dtype, torch.float32)
+
+    # Block num_blocks of every head is empty: entries past a row's count point there.
+    lengths = F.pad(_key_lengths(call), (0, 1))
+    real = _real_keys(lengths, block_map.key_block)[:, None, :, :, None]
+    k, v = (
+        _to_blocks(x.to(dtype), num_blocks + 1, block_map.key_block).masked_fill(~real, 0)
+        for x in (call.k, call.v)
+    )
+    k, v = k.flatten(0, 2), v.flatten(0, 2)
+    q = _to_blocks(call.q.to(dtype) * call.scale, num_rows, block_map.query_block).flatten(0, 2)
+    lengths = lengths[:, None].expand(-1, heads, -1).flatten()
+
+    counts, indices = block_map.counts.flatten(), block_map.indices.flatten(0, 2)
+    order = torch.arange(counts.numel(), device=q.device)
+    widths = [num_blocks] * counts.numel()
+    # Only where waiting for the device costs nothing may the counts shape the work.
+    if q.device.type == "cpu":
+        order = counts.argsort(descending=True, stable=True)
+        widths = counts[order].tolist()
+
+    out = torch.empty_like(q)
+    lse = None if call.lse is None else q.new_empty(q.shape[:2])
+    start = 0
+    while start < len(widths):
+        width = max(widths[start], 1)
+        per_row = width * block_map.key_block * max(block_map.query_block, head_dim)
+        rows = order[start : start + max(1, _CHUNK_ELEMENTS // per_row)]
+        blocks = _kept_blocks(counts[rows], indices[rows], num_blocks, width)
+        blocks = blocks + rows[:, None] // num_rows * (num_blocks + 1)
+        mask = _real_keys(lengths[blocks], block_map.key_block).flatten(1)[:, None]
+        logits = q[rows] @ _gather(k, blocks).transpose(1, 2)
+        if q.device.type != "cpu" or not mask.all():
+            logits.masked_fill_(~mask, float("-inf"))
+        peak = logits.amax(-1, keepdim=True)
+        peak.masked_fill_(peak == float("-inf"), 0)
+        weights = logits.sub_(peak).exp_()
+        total = weights.sum(-1, keepdim=True)
+        out[rows] = (weights @ _gather(v, blocks)).div_(total).masked_fill_(total == 0, 0)
+        if lse is not None:
+            lse[rows] = (peak + total.log()).squeeze(-1)
+        start += len(rows)
+
+    out = out.unflatten(0, (batch, heads, -1)).flatten(2, 3)[:, :, :num_queries]
+    _store(out.to(call.out.dtype), call.output_order, call.out)
+    if lse is not None:
+        call.lse.copy_(lse.unflatten(0, (batch, heads, -1)).flatten(2)[:, :, :num_queries])
+
+
+def _gather(x: Tensor, blocks: Tensor) -> Tensor:
+    """Blocks `[R, width]` of `[blocks, size, D]`, side by side: `[R, width * size, D]`."""
+    return x.index_select(0, blocks.flatten()).view(len(blocks), -1, x.shape[-1])
+
+
+def _kept_blocks(counts: Tensor, indices: Tensor, num_blocks: int, width: int) -> Tensor:
+    """`[R, width]` key blocks of each row, `num_blocks` after its last."""
+    entry = torch.arange(width, device=counts.device)
+    listed = F.pad(indices, (0, max(0, width - indices.shape[1])))[:, :width]
+    blocks = torch.where(counts[:, None] == num_blocks, entry, listed)
+    return torch.where(entry < counts[:, None], blocks, num_blocks)
+
+
+def _key_lengths(call: AttentionCall) -> Tensor:
+    """`[B, nK]` real keys per block, never beyond the end of the sequence."""
+    start = torch.arange(0, call.k.shape[2], call.block_map.key_block, device=call.k.device)
+    room = (call.k.shape[2] - start).clamp(max=call.block_map.key_block)
+    room = room.expand(call.k.shape[0], -1)
+    return room if call.key_lengths is None else torch.minimum(room, call.key_lengths)
+
+
+def _real_keys(lengths: Tensor, size: int) -> Tensor:
+    return torch.arange(size, device=lengths.device) < lengths[..., None]
+
+
+def _to_blocks(x: Tensor, num_blocks: int, size: int) -> Tensor:
+    """`[B, H, N, D]` to `[B, H, num_blocks, size, D]`, zeros at the end."""
+    return F.pad(x, (0, 0, 0, num_blocks * size - x.shape[2])).unflatten(2, (num_blocks, size))
+
+
+def _store(result: Tensor, order: Tensor | None, out: Tensor) -> None:
+    if order is None:
+        out.copy_(result)
+        return
+    # One more row takes what is dropped, so that nothing waits for the number of rows left.
+    room = F.pad(out, (0, 0, 0, 1))
+    room.index_copy_(2, torch.where(order < 0, out.shape[2], order).long(), result)
+    out.copy_(room[:, :, :-1])

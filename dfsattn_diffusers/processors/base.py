@@ -1,0 +1,110 @@
+"""What the processors of all model families share: the choice between dense and sparse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+
+from ..attention import sparse_attention
+from ..kernels import BlockMap, block_sparse_attention
+from ..state import DFSAttnState
+
+
+class LayerProcessor:
+    """Attention processor of one layer.
+
+    A family's subclass projects, calls `attend`, and projects back. It is no `nn.Module`, so that
+    it stays out of state dicts and offloading.
+
+    Args:
+        state: Of the pipeline.
+        layer: Index among the transformer's sparse layers.
+        replaced: The processor in whose place this one stands; the user's choice of attention
+            backend and parallelism is taken over from it.
+    """
+
+    is_dfsattn = True
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, state: DFSAttnState, layer: int, replaced: Any):
+        self.state = state
+        self.layer = layer
+        self._attention_backend = getattr(replaced, "_attention_backend", None)
+        self._parallel_config = getattr(replaced, "_parallel_config", None)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        mask_is_text_padding: bool = False,
+    ) -> Tensor:
+        """Attention as the state decides.
+
+        Args:
+            query, key, value: `[B, N, H, D]` in the model's order.
+            attention_mask: Passed to dense attention.
+            mask_is_text_padding: The mask says no more than the state's text lengths do, so that
+                sparse attention can honour it.
+
+        Returns:
+            `[B, N, H, D]`.
+        """
+        state, batch = self.state, query.shape[0]
+        decision = state.decide(self.layer, batch)
+        self._check_tokens(query.shape[1])
+        self._check_backend(query)
+        reason = decision.reason
+        if attention_mask is not None and not mask_is_text_padding:
+            reason = reason or "attention mask"
+        if reason:
+            state.note_dense(reason)
+            return dispatch_attention_fn(
+                query,
+                key,
+                value,
+                attn_mask=attention_mask,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )
+        reuse = decision.mode == "reuse"
+        out, selection = sparse_attention(
+            query,
+            key,
+            value,
+            state.layout(),
+            state.block_map(self.layer, batch) if reuse else None,
+            keep_ratio=decision.keep_ratio,
+            budget=state.config.budget,
+            text_lengths=state.forward.text_lengths,
+            backend=state.config.backend,
+        )
+        if selection is not None:
+            state.store(self.layer, batch, decision.segment, selection)
+        return out
+
+    def _check_tokens(self, tokens: int) -> None:
+        geometry = self.state.forward.geometry
+        if tokens != geometry.tokens:
+            raise ValueError(
+                f"Attention got {tokens} tokens, but the grid {geometry.grid} with "
+                f"{geometry.text_tokens} text tokens has {geometry.tokens}. Something changed the "
+                "sequence between the transformer's input and its attention; disable it or call "
+                "disable_dfsattn."
+            )
+
+    def _check_backend(self, query: Tensor) -> None:
+        """Let the kernel do one token in the first step, not fail after all the dense ones."""
+        config, token = self.state.config, query[:1, :1].transpose(1, 2)
+        kind = query.device, query.dtype, query.shape[-1]
+        if kind in self.state.served:
+            return
+        blocks = dict(query_block=config.query_block, key_block=config.key_block)
+        one = BlockMap.full(1, query.shape[2], 1, 1, **blocks, device=query.device)
+        block_sparse_attention(token, token, token, one, backend=config.backend)
+        self.state.served.add(kind)

@@ -1,0 +1,76 @@
+"""Hierarchical scores: tiles of a few tokens are compared, blocks of tiles are ranked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Largest slice of the tile affinity that is in memory at a time.
+_CHUNK_BYTES = 128 * 2**20
+
+
+def pool_tiles(x: Tensor, lengths: Tensor) -> Tensor:
+    """Mean of the real tokens of each tile.
+
+    Args:
+        x: `[B, H, P, D]` queries or keys in curve order; padding slots hold finite values.
+        lengths: `[B or 1, T]` int32, real tokens at the front of each of the `T` tiles.
+
+    Returns:
+        `[B, H, T, D]` float32; 0 for a tile without tokens.
+    """
+    tiles = x.unflatten(2, (lengths.shape[1], -1))
+    real = torch.arange(tiles.shape[3], device=x.device) < lengths[..., None]
+    total = (tiles * real[:, None, :, :, None]).sum(3, dtype=torch.float32)
+    return total / lengths.clamp(min=1)[:, None, :, None]
+
+
+def score_blocks(
+    query_tiles: Tensor,
+    key_tiles: Tensor,
+    query_lengths: Tensor,
+    key_lengths: Tensor,
+    *,
+    tiles_per_query_block: int,
+    tiles_per_key_block: int,
+    scale: float,
+) -> Tensor:
+    """Share of attention that each key block is estimated to get from each query block.
+
+    Tile affinity is the softmax over all key tiles of `q_tile . k_tile * scale`. A block's score
+    is its sum over the block's tiles, averaged over the query tiles, so that rows sum to 1 (Hu et
+    al., arXiv 2605.23445). The tile matrix exists in slices of query blocks only.
+
+    Args:
+        query_tiles: `[B, H, Tq, D]` float32.
+        key_tiles: `[B, H, Tk, D]` float32.
+        query_lengths: `[B or 1, Tq]`, tokens per query tile; empty tiles do not count.
+        key_lengths: `[B or 1, Tk]`, tokens per key tile; empty tiles get nothing.
+        tiles_per_query_block: Divides `Tq`.
+        tiles_per_key_block: Divides `Tk`.
+        scale: Of the logits, as in the attention itself.
+
+    Returns:
+        `[B, H, nQ, nK]` float32.
+    """
+    batch, heads, num_query_tiles, _ = query_tiles.shape
+    num_key_tiles = key_tiles.shape[2]
+    keys = key_tiles.transpose(2, 3) * scale
+    empty = (key_lengths == 0)[:, None, None, :]
+    weight = (query_lengths > 0).float().unflatten(1, (-1, tiles_per_query_block))
+    weight = weight / weight.sum(2, keepdim=True).clamp(min=1)
+
+    row_bytes = batch * heads * tiles_per_query_block * num_key_tiles * 4
+    rows = max(1, _CHUNK_BYTES // row_bytes)
+    num_query_blocks = num_query_tiles // tiles_per_query_block
+    scores = query_tiles.new_empty(
+        batch, heads, num_query_blocks, num_key_tiles // tiles_per_key_block
+    )
+    for start in range(0, num_query_blocks, rows):
+        stop = min(start + rows, num_query_blocks)
+        tiles = query_tiles[:, :, start * tiles_per_query_block : stop * tiles_per_query_block]
+        affinity = (tiles @ keys).masked_fill_(empty, float("-inf")).softmax(-1)
+        per_block = affinity.unflatten(3, (-1, tiles_per_key_block)).sum(4)
+        per_block = per_block.unflatten(2, (-1, tiles_per_query_block))
+        scores[:, :, start:stop] = (per_block * weight[:, None, start:stop, :, None]).sum(3)
+    return scores

@@ -1,0 +1,189 @@
+"""What is known during one generation: step, branch, token layout and the block map of each layer."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .configs import DFSAttnConfig
+from .kernels import BlockMap, PackedBlockMap
+from .layout import TokenGeometry, TokenLayout
+from .report import MapUse, Report, RunRecord, Stopwatch
+from .schedule import Decision, decide
+from .selection import Selection
+
+# Generations that a report goes back.
+_REMEMBERED_RUNS = 8
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a transformer call stands in its generation.
+
+    Attributes:
+        step: Denoising step, from 0.
+        num_steps: Steps of the whole run.
+        branch: Guidance branch: the host's name for it, or the call's ordinal within the step.
+    """
+
+    step: int
+    num_steps: int
+    branch: str
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One call of one transformer: who calls, when, and over which tokens.
+
+    Attributes:
+        model: Name of the transformer within its pipeline.
+        position: Where the call stands in its generation.
+        geometry: The tokens as the model lays them out.
+        text_lengths: `[B]` valid text tokens per batch row; None means all.
+        device: Of the activations.
+    """
+
+    model: str
+    position: Position
+    geometry: TokenGeometry
+    text_lengths: Tensor | None
+    device: torch.device
+
+
+@dataclass
+class _CachedMap:
+    segment: int
+    batch: int
+    geometry: TokenGeometry
+    packed: PackedBlockMap
+    use: MapUse
+
+
+class DFSAttnState:
+    """State of one pipeline, shared by the processors of all its transformers.
+
+    The hook says where a generation stands (`begin_run`, `begin_forward`, `end_forward`);
+    processors ask what to do (`decide`, `layout`, `block_map`) and hand back what they selected
+    (`store`). Nothing here reads from the device.
+
+    Args:
+        config: The method's settings.
+    """
+
+    def __init__(self, config: DFSAttnConfig):
+        self.config = config
+        self.forward: Forward | None = None
+        # Device, dtype and head dim of calls that the backend is known to serve.
+        self.served: set[tuple] = set()
+        self._runs: deque[RunRecord] = deque(maxlen=_REMEMBERED_RUNS)
+        self._maps: dict[tuple[str, int, str], _CachedMap] = {}
+        self._layouts: dict[tuple[TokenGeometry, torch.device], TokenLayout] = {}
+        self._stopwatch: Stopwatch | None = None
+
+    def __repr__(self) -> str:
+        where = "idle"
+        if self.forward is not None:
+            position = self.forward.position
+            where = f"step {position.step} of {position.num_steps}, branch {position.branch!r}"
+        return f"DFSAttnState({where}, {len(self._maps)} block maps, {len(self._runs)} runs)"
+
+    def begin_run(self, num_steps: int) -> None:
+        """Start a generation: maps of the last one are dropped."""
+        self.drop_maps()
+        self._runs.append(RunRecord(num_steps))
+
+    def begin_forward(self, forward: Forward) -> None:
+        if not self._runs:
+            self.begin_run(forward.position.num_steps)
+        self.forward = forward
+        self._runs[-1].steps.add(forward.position.step)
+        self._stopwatch = Stopwatch(forward.device)
+
+    def end_forward(self) -> None:
+        if self._stopwatch is not None:
+            self._stopwatch.stop()
+            self._runs[-1].stopwatches.append(self._stopwatch)
+            self._stopwatch = None
+
+    def drop_maps(self) -> None:
+        """Free the block maps and layouts; the report of past runs stays."""
+        self.forward = None
+        self._maps.clear()
+        self._layouts.clear()
+
+    def reset(self) -> None:
+        """Forget everything, reports included."""
+        self.drop_maps()
+        self._runs.clear()
+
+    def report(self) -> Report:
+        """Summary of the latest generations. Waits for the device."""
+        return Report(tuple(run.summary() for run in self._runs))
+
+    def decide(self, layer: int, batch: int) -> Decision:
+        """What layer number `layer` does in this forward, with `batch` rows."""
+        forward, cached = self._require_forward(), self._cached(layer, batch)
+        return decide(
+            forward.position.step,
+            forward.position.num_steps,
+            layer,
+            self.config,
+            video_tokens=forward.geometry.video_tokens,
+            cached_segment=cached.segment if cached else None,
+        )
+
+    def note_dense(self, reason: str) -> None:
+        self._runs[-1].modes["dense"] += 1
+        self._runs[-1].dense_reasons[reason] += 1
+
+    def layout(self) -> TokenLayout:
+        """Token layout of this forward, built once per geometry and device."""
+        forward = self._require_forward()
+        key = forward.geometry, forward.device
+        if key not in self._layouts:
+            self._layouts[key] = TokenLayout.build(
+                forward.geometry,
+                order=self.config.order,
+                tile_size=self.config.tile_size,
+                query_block=self.config.query_block,
+                key_block=self.config.key_block,
+                device=forward.device,
+            )
+        return self._layouts[key]
+
+    def block_map(self, layer: int, batch: int) -> BlockMap:
+        """The map that `decide` said to reuse."""
+        cached = self._cached(layer, batch)
+        cached.use.calls += 1
+        self._runs[-1].modes["reuse"] += 1
+        return cached.packed.unpack()
+
+    def store(self, layer: int, batch: int, segment: int, selection: Selection) -> None:
+        """Keep a new selection for the calls to come."""
+        use = MapUse(selection.density, selection.recall, calls=1)
+        self._runs[-1].modes["refresh"] += 1
+        self._runs[-1].maps.append(use)
+        self._maps[self._key(layer)] = _CachedMap(
+            segment, batch, self.forward.geometry, selection.block_map.pack(), use
+        )
+
+    def _key(self, layer: int) -> tuple[str, int, str]:
+        branch = "" if self.config.share_maps_across_branches else self.forward.position.branch
+        return self.forward.model, layer, branch
+
+    def _cached(self, layer: int, batch: int) -> _CachedMap | None:
+        cached = self._maps.get(self._key(layer))
+        fits = cached and cached.batch == batch and cached.geometry == self.forward.geometry
+        return cached if fits else None
+
+    def _require_forward(self) -> Forward:
+        if self.forward is None:
+            raise RuntimeError(
+                "A DFSAttn processor ran outside a call of its transformer. Call the transformer "
+                "itself, not its blocks; if its hooks were removed by hand, call disable_dfsattn "
+                "and enable_dfsattn again."
+            )
+        return self.forward

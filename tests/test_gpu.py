@@ -1,0 +1,115 @@
+"""Whole pipelines on a CUDA GPU, through the Triton kernel: `pytest -m gpu`."""
+
+import warnings
+
+import pytest
+import torch
+from tiny_pipelines import FAMILIES, run
+
+from dfsattn_diffusers import DFSAttnConfig, DFSAttnProcessor, disable_dfsattn, enable_dfsattn
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+EVERYTHING = DFSAttnConfig(dense_fraction=0, keep_ratios=(1.0,), backend="triton")
+SPARSE = DFSAttnConfig(
+    keep_ratios=(0.5, 0.4, 0.3), query_block=64, key_block=64, budget="layer", backend="triton"
+)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+def build(family, dtype=torch.bfloat16, head_dim=64):
+    return FAMILIES[family](head_dim=head_dim).to("cuda", dtype)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_keeping_everything_equals_dense(family, dtype, head_dim):
+    pipe = build(family, dtype, head_dim)
+    dense = run(pipe, steps=2).float()
+    with enable_dfsattn(pipe, EVERYTHING):
+        sparse = run(pipe, steps=2).float()
+    exact = run(pipe.to(torch.float32), steps=2)
+    eager_error = (dense - exact).norm() / exact.norm()
+    assert (sparse - exact).norm() / exact.norm() <= 1.5 * eager_error
+
+
+def test_runs_repeat_and_leave_no_trace(family):
+    pipe = build(family)
+    stock = run(pipe)
+    with enable_dfsattn(pipe, SPARSE) as handle:
+        first, second = run(pipe), run(pipe)
+    assert torch.equal(first, second) and first.isfinite().all()
+    assert not torch.equal(first, stock)
+    assert torch.equal(run(pipe), stock)
+    report = handle.report().runs[-1]
+    assert report.calls["reuse"] >= 0 < report.calls["refresh"] and report.seconds > 0
+
+
+def test_the_triton_kernel_agrees_with_the_reference(family):
+    pipe = build(family)
+    videos = {}
+    for backend in ("triton", "reference"):
+        with enable_dfsattn(pipe, SPARSE, backend=backend):
+            videos[backend] = run(pipe).float()
+    with enable_dfsattn(pipe.to(torch.float32), SPARSE, backend="reference"):
+        exact = run(pipe)
+    error = {name: (video - exact).norm() / exact.norm() for name, video in videos.items()}
+    # Rounding may tip a block over the edge of the selection, in either.
+    assert error["triton"] <= 2 * error["reference"] + 1e-2
+
+
+def sync_warnings(pipe, steps):
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run(pipe, steps=steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(w.message) for w in caught)
+
+
+@pytest.mark.parametrize("way", ["enable", "bare"])
+def test_no_sync_in_the_step_loop(family, way):
+    pipe = build(family)
+    run(pipe)
+    stock = {steps: sync_warnings(pipe, steps) for steps in (4, 12)}
+    if way == "enable":
+        enable_dfsattn(pipe, SPARSE)
+    else:
+        for name in ("transformer", "transformer_2"):
+            if getattr(pipe, name, None) is not None:
+                pipe.components[name].set_attn_processor(DFSAttnProcessor(SPARSE))
+    run(pipe)
+    ours = {steps: sync_warnings(pipe, steps) for steps in (4, 12)}
+    disable_dfsattn(pipe)
+    # What a new token layout costs once per run must not grow with the steps.
+    assert ours[12] - ours[4] == stock[12] - stock[4]
+    assert ours[4] - stock[4] <= 4
+
+
+def test_cpu_offload_before_and_after(family):
+    wanted = None
+    for offload_first in (None, True, False):
+        pipe = FAMILIES[family](head_dim=64).to(torch.bfloat16)
+        if offload_first is None:
+            pipe.to("cuda")
+        if offload_first:
+            pipe.enable_model_cpu_offload()
+        handle = enable_dfsattn(pipe, SPARSE)
+        if offload_first is False:
+            pipe.enable_model_cpu_offload()
+        videos = [run(pipe).cpu() for _ in range(2)]
+        wanted = videos[0] if wanted is None else wanted
+        assert torch.equal(videos[0], wanted) and torch.equal(videos[1], wanted)
+        assert all(r.calls["refresh"] for r in handle.report().runs)
+        handle.disable()
+        assert run(pipe).isfinite().all()

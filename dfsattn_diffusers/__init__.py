@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 # Loaded on first use, so that `dfsattn_diffusers.kernels` works where diffusers does not.
-_PUBLIC = {
+_HOMES = {
     "DFSAttnConfig": "configs",
     "DFSAttnHandle": "pipeline",
     "DFSAttnProcessor": "bare",
@@ -17,7 +17,16 @@ _PUBLIC = {
     "list_presets": "configs",
 }
 
-__all__ = list(_PUBLIC)
+__all__ = [
+    "DFSAttnConfig",
+    "DFSAttnHandle",
+    "DFSAttnProcessor",
+    "DFSAttnState",
+    "disable_dfsattn",
+    "enable_dfsattn",
+    "list_models",
+    "list_presets",
+]
 
 if TYPE_CHECKING:
     from .bare import DFSAttnProcessor
@@ -28,9 +37,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
-    if name not in _PUBLIC:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     globals()[name] = value
     return value
 

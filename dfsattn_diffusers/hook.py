@@ -96,10 +96,7 @@ class StepClock:
         index = index if known is None else known
 
         same_timestep = self._same_timestep(timestep, name)
-        if index is None:
-            step = self._step if same_timestep else self._step + 1
-        else:
-            step = index
+        step = self._step + (not same_timestep) if index is None else index
         new_run = (
             not self._running
             or step < self._step

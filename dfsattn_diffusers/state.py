@@ -1,4 +1,4 @@
-"""What is known during one generation: step, branch, token layout and the block map of each layer."""
+"""What is known during one generation: step, branch, token layout, block map of each layer."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_models_are_named_in_processors_only():
     "blocked, statement",
     [
         ("diffusers", "import dfsattn_diffusers.kernels"),
-        ("triton", "from dfsattn_diffusers import enable_dfsattn, kernels; kernels.list_backends()"),
+        ("triton", "from dfsattn_diffusers import enable_dfsattn, kernels as k; k.list_backends()"),
     ],
 )
 def test_imports_without(blocked, statement):

@@ -24,7 +24,9 @@ def plain_paper_map(q, k, video, text, keep_ratio, tile, block):
         return [positions[i : i + size] for i in range(0, len(positions), size)]
 
     video_blocks, text_blocks = pieces(video, block), pieces(text, block)
-    key_tiles = [(b, t) for b, blk in enumerate(video_blocks + text_blocks) for t in pieces(blk, tile)]
+    key_tiles = [
+        (b, t) for b, blk in enumerate(video_blocks + text_blocks) for t in pieces(blk, tile)
+    ]
     kept, all_scores = [], []
     for query_block in video_blocks:
         scores = np.zeros(len(video_blocks) + len(text_blocks))

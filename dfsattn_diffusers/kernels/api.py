@@ -171,7 +171,7 @@ def _checked_call(
         if out is None:
             raise ValueError("output_order needs out, the tensor that it points into, got None")
     out = _check_out(q, out, ordered=output_order is not None)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
     return AttentionCall(
         q, k, v, block_map, scale, key_lengths, full_key_blocks, output_order, out, lse
     )

@@ -114,7 +114,7 @@ class BlockMap:
 
     def pack(self) -> PackedBlockMap:
         """The same map in one bit per block, for keeping."""
-        mask = F.pad(self.to_mask(), (0, -self.num_key_blocks % 8))
+        mask = F.pad(self.to_mask().to(torch.uint8), (0, -self.num_key_blocks % 8))
         bits = mask.unflatten(-1, (-1, 8)) << torch.arange(8, device=mask.device).to(torch.uint8)
         return PackedBlockMap(
             bits.sum(-1, dtype=torch.uint8),

@@ -60,5 +60,5 @@ def load_backend(name: str) -> ModuleType | SimpleNamespace:
     try:
         return importlib.import_module(f"{__name__}.{name}")
     except ImportError as error:
-        reason = f"{error}; install what is missing"
+        reason = f"{error}; install or upgrade what is missing"
         return SimpleNamespace(NAME=name, AUTO_DEVICES=None, SPEED=0, why_not=lambda call: reason)

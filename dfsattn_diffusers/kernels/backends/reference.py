@@ -12,8 +12,8 @@ NAME = "reference"
 AUTO_DEVICES = None
 SPEED = 0
 
-# Elements of the largest temporary of a chunk: a CPU's second-level cache should hold it.
-_CHUNK_ELEMENTS = 2**21
+# Elements of a chunk's largest temporary, per CPU thread: a second-level cache should hold them.
+_CHUNK_ELEMENTS = 2**19
 
 
 def why_not(call: AttentionCall) -> None:
@@ -31,11 +31,11 @@ def forward(call: AttentionCall) -> None:
     lengths = F.pad(_key_lengths(call), (0, 1))
     real = _real_keys(lengths, block_map.key_block)[:, None, :, :, None]
     k, v = (
-        _to_blocks(x.to(dtype), num_blocks + 1, block_map.key_block).masked_fill(~real, 0)
+        _to_blocks(x, num_blocks + 1, block_map.key_block, dtype).masked_fill_(~real, 0)
         for x in (call.k, call.v)
     )
     k, v = k.flatten(0, 2), v.flatten(0, 2)
-    q = _to_blocks(call.q.to(dtype) * call.scale, num_rows, block_map.query_block).flatten(0, 2)
+    q = _to_blocks(call.q, num_rows, block_map.query_block, dtype).flatten(0, 2).mul_(call.scale)
     lengths = lengths[:, None].expand(-1, heads, -1).flatten()
 
     counts, indices = block_map.counts.flatten(), block_map.indices.flatten(0, 2)
@@ -46,13 +46,14 @@ def forward(call: AttentionCall) -> None:
         order = counts.argsort(descending=True, stable=True)
         widths = counts[order].tolist()
 
+    chunk = _CHUNK_ELEMENTS * torch.get_num_threads()
     out = torch.empty_like(q)
     lse = None if call.lse is None else q.new_empty(q.shape[:2])
     start = 0
     while start < len(widths):
         width = max(widths[start], 1)
         per_row = width * block_map.key_block * max(block_map.query_block, head_dim)
-        rows = order[start : start + max(1, _CHUNK_ELEMENTS // per_row)]
+        rows = order[start : start + max(1, chunk // per_row)]
         blocks = _kept_blocks(counts[rows], indices[rows], num_blocks, width)
         blocks = blocks + rows[:, None] // num_rows * (num_blocks + 1)
         mask = _real_keys(lengths[blocks], block_map.key_block).flatten(1)[:, None]
@@ -61,6 +62,7 @@ def forward(call: AttentionCall) -> None:
             logits.masked_fill_(~mask, float("-inf"))
         peak = logits.amax(-1, keepdim=True)
         peak.masked_fill_(peak == float("-inf"), 0)
+        # In place: a second matrix of weights would not fit the cache beside the first.
         weights = logits.sub_(peak).exp_()
         total = weights.sum(-1, keepdim=True)
         out[rows] = (weights @ _gather(v, blocks)).div_(total).masked_fill_(total == 0, 0)
@@ -99,9 +101,13 @@ def _real_keys(lengths: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=lengths.device) < lengths[..., None]
 
 
-def _to_blocks(x: Tensor, num_blocks: int, size: int) -> Tensor:
-    """`[B, H, N, D]` to `[B, H, num_blocks, size, D]`, zeros at the end."""
-    return F.pad(x, (0, 0, 0, num_blocks * size - x.shape[2])).unflatten(2, (num_blocks, size))
+def _to_blocks(x: Tensor, num_blocks: int, size: int, dtype: torch.dtype) -> Tensor:
+    """`[B, H, N, D]` to `[B, H, num_blocks, size, D]`, zeros at the end; always a copy."""
+    batch, heads, tokens, head_dim = x.shape
+    blocks = x.new_empty(batch, heads, num_blocks * size, head_dim, dtype=dtype)
+    blocks[:, :, :tokens] = x
+    blocks[:, :, tokens:] = 0
+    return blocks.unflatten(2, (num_blocks, size))
 
 
 def _store(result: Tensor, order: Tensor | None, out: Tensor) -> None:

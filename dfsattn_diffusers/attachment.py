@@ -29,10 +29,15 @@ def restore_stock(transformer: torch.nn.Module) -> None:
         if getattr(processor, "is_dfsattn", False):
             attn = transformer.get_submodule(key.removesuffix(".processor"))
             stock = adapter.stock_processor(key, attn)
-            for setting in ("_attention_backend", "_parallel_config"):
-                if hasattr(stock, setting):
-                    setattr(stock, setting, getattr(processor, setting))
+            _copy_settings(processor, stock)
             attn.set_processor(stock)
+
+
+def _copy_settings(source: Any, target: Any) -> None:
+    """Carry the attention backend and parallelism, which the user may set at any time, over."""
+    for setting in ("_attention_backend", "_parallel_config"):
+        if hasattr(target, setting):
+            setattr(target, setting, getattr(source, setting))
 
 
 class Attachment:
@@ -62,6 +67,12 @@ class Attachment:
             for key in self._originals
             if adapter.is_sparse_layer(key)
         }
+        beyond = [layer for layer in state.config.dense_layers if layer >= len(self._modules)]
+        if beyond:
+            raise ValueError(
+                f"dense_layers must name layers from 0 to {len(self._modules) - 1} of the "
+                f"{name}; got {beyond}."
+            )
         self._ours = {
             key: adapter.processor_class(state, layer, self._originals[key])
             for layer, key in enumerate(self._modules)
@@ -78,8 +89,10 @@ class Attachment:
     def detach(self) -> None:
         """Put the very processors back that were there before, where ours still stand."""
         self.abandon()
+        self._return_after_fusing()
         for key, module in self._modules.items():
             if module.processor is self._ours[key]:
+                _copy_settings(self._ours[key], self._originals[key])
                 module.set_processor(self._originals[key])
 
     def abandon(self) -> None:
@@ -90,19 +103,26 @@ class Attachment:
     def _watch(self) -> bool:
         """Before every forward: tells whether any of our processors is still in place."""
         self._refuse_context_parallel()
-        for key, module in self._modules.items():
-            replaced = module.processor is not self._ours[key]
-            if replaced and isinstance(module.processor, self._adapter.silent_replacements):
-                self._originals[key] = module.processor
-                module.set_processor(self._ours[key])
+        self._return_after_fusing()
         if any(module.processor is self._ours[key] for key, module in self._modules.items()):
             return True
-        logger.info("All DFSAttn processors were replaced by others: DFSAttn is off.")
+        logger.warning("All DFSAttn processors were replaced by others: DFSAttn is off.")
         self.abandon()
         return False
 
+    def _return_after_fusing(self) -> None:
+        """Put ours back where fusing projections silently put the host's."""
+        saved = getattr(self.transformer, "original_attn_processors", None) or {}
+        for key, module in self._modules.items():
+            # What unfusing brings back shall never be ours: DFSAttn may be off by then.
+            if saved.get(key) is self._ours[key]:
+                saved[key] = self._originals[key]
+            if isinstance(module.processor, self._adapter.silent_replacements):
+                self._originals[key] = module.processor
+                module.set_processor(self._ours[key])
+
     def _refuse_context_parallel(self) -> None:
-        holders: list[Any] = [self.transformer, *self.transformer.attn_processors.values()]
+        holders = [self.transformer, *(module.processor for module in self._modules.values())]
         for holder in holders:
             config = getattr(holder, "_parallel_config", None)
             config = getattr(config, "context_parallel_config", config)

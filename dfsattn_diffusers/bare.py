@@ -61,7 +61,7 @@ class DFSAttnProcessor:
                 listener.remove()
             elif processor._is_held_by(module):
                 listener.remove()
-                processor._bind(module)
+                processor._bind(getattr(module, "_orig_mod", module))
 
         listener = register_module_forward_pre_hook(find_root)
 

@@ -41,7 +41,7 @@ def inverse_order(order: Tensor) -> Tensor:
 
 
 def _coordinates(grid: tuple[int, int, int]) -> tuple[Tensor, ...]:
-    axes = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
+    axes = torch.meshgrid(*(torch.arange(size, device="cpu") for size in grid), indexing="ij")
     return tuple(axis.flatten() for axis in axes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,10 @@ from torch import Tensor
 from .processors import ModelAdapter
 from .state import DFSAttnState, Forward, Position
 
+logger = logging.getLogger(__name__)
+
 _MAILBOX = "dfsattn_mailbox"
+_DEFAULT_STEPS = 50
 
 
 class _NoState(BaseState):
@@ -57,14 +61,14 @@ class StepClock:
 
     Args:
         pipe: The pipeline, or None where only a transformer is known.
-        num_inference_steps: Length of a run where nothing tells it.
+        num_inference_steps: Length of a run where nothing tells it; None is 50 and a warning.
         named_branches: Call branches by the host's names, else by their ordinal within the step.
     """
 
     def __init__(
         self,
         pipe: Any | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         named_branches: bool = True,
     ):
         self._pipe = weakref.ref(pipe) if pipe is not None else lambda: None
@@ -78,6 +82,7 @@ class StepClock:
         self._step = 0
         self._timestep: Any = None
         self._schedule: Any = None
+        self._length: int | None = None
         self._seen: set[str] = set()
 
     def locate(self, context: Any, timestep: Any) -> tuple[Position, bool]:
@@ -88,15 +93,18 @@ class StepClock:
             timestep: The transformer's timestep argument.
         """
         pipe = self._pipe()
-        current = getattr(pipe, "_current_timestep", None)
-        timestep = timestep if current is None else current
         name = getattr(context, "name", None)
         schedule, index, length = _place_in_schedule(timestep)
+        current = getattr(pipe, "_current_timestep", None)
+        # A failed run leaves its last timestep behind; a list made since does not hold it.
+        if schedule is None and _share_storage(current, _timesteps_of(pipe)):
+            timestep = current
+            schedule, index, length = _place_in_schedule(timestep, least=1)
         known = getattr(context, "step_index", None)
         index = index if known is None else known
 
-        same_timestep = self._same_timestep(timestep, name)
-        step = self._step + (not same_timestep) if index is None else index
+        advance = self._advance(timestep, name) if index is None and self._running else 0
+        step = self._step + advance if index is None else index
         new_run = (
             not self._running
             or step < self._step
@@ -104,7 +112,7 @@ class StepClock:
             or (step == self._step and name is not None and name in self._seen)
         )
         if new_run:
-            step = index or 0
+            step, self._length = index or 0, length
         if new_run or step != self._step:
             self._seen.clear()
         ordinal = f"call {len(self._seen)}"
@@ -113,33 +121,51 @@ class StepClock:
         self._running, self._step = True, step
         self._timestep, self._schedule = timestep, schedule
 
-        num_steps = getattr(context, "num_inference_steps", None) or self._run_length(pipe, length)
+        num_steps = getattr(context, "num_inference_steps", None) or self._run_length(pipe)
         return Position(min(step, num_steps - 1), num_steps, branch), new_run
 
-    def _same_timestep(self, timestep: Any, name: str | None) -> bool:
-        if not self._running:
-            return False
+    def _advance(self, timestep: Any, name: str | None) -> int:
+        """1 if the step is the next one, 0 if it is the same, -1 if the timesteps start anew."""
         if timestep is self._timestep:
-            return True
-        if name is not None:
-            return name not in self._seen
-        # Only a caller that names no branch and rebuilds its timestep pays for this comparison.
-        return _value(timestep) == _value(self._timestep)
+            return 0
+        if name is not None and "call 0" not in self._seen:
+            return int(name in self._seen)
+        # Only where a branch had no name and timesteps are rebuilt does this comparison cost.
+        now, before = _value(timestep), _value(self._timestep)
+        return (now < before) - (now > before)
 
-    def _run_length(self, pipe: Any | None, length: int | None) -> int:
-        timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
-        if timesteps is not None and getattr(pipe, "_current_timestep", None) is not None:
+    def _run_length(self, pipe: Any | None) -> int:
+        timesteps = _timesteps_of(pipe)
+        # Modular pipelines have no current timestep; there the scheduler's list has to do.
+        is_its_run = _share_storage(self._timestep, timesteps)
+        if timesteps is not None and (is_its_run or not hasattr(pipe, "_current_timestep")):
             return len(timesteps)
-        return length or self._num_inference_steps
+        if self._length is None and self._num_inference_steps is None:
+            logger.warning(
+                "Nothing tells how many denoising steps there will be: taking %d. Enable DFSAttn on "
+                "the pipeline, or name the number in model.cache_context(...).",
+                _DEFAULT_STEPS,
+            )
+            self._num_inference_steps = _DEFAULT_STEPS
+        return self._length or self._num_inference_steps
 
 
-def _place_in_schedule(timestep: Any) -> tuple[int | None, int | None, int | None]:
+def _timesteps_of(pipe: Any | None) -> Tensor | None:
+    return getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+
+
+def _share_storage(a: Any, b: Any) -> bool:
+    both = isinstance(a, Tensor) and isinstance(b, Tensor)
+    return both and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _place_in_schedule(timestep: Any, least: int = 2) -> tuple[int | None, int | None, int | None]:
     """Address, index and length of the list that a scalar or expanded timestep is a view of."""
-    if not isinstance(timestep, Tensor) or not (timestep.numel() == 1 or timestep.stride(0) == 0):
+    if not isinstance(timestep, Tensor) or timestep.ndim > 1:
         return None, None, None
     storage = timestep.untyped_storage()
     length = storage.nbytes() // timestep.element_size()
-    if length < 2:
+    if length < least or not (timestep.numel() == 1 or timestep.stride(0) == 0):
         return None, None, None
     return storage.data_ptr(), timestep.storage_offset(), length
 
@@ -204,6 +230,7 @@ class TransformerHook:
         self._clock.reset()
         self._state.drop_maps()
 
+    @torch.compiler.disable
     def _pre_forward(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         if not self._is_active():
             return
@@ -215,5 +242,6 @@ class TransformerHook:
         device = inputs["hidden_states"].device
         self._state.begin_forward(Forward(self._name, position, geometry, text_lengths, device))
 
+    @torch.compiler.disable
     def _post_forward(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         self._state.end_forward()

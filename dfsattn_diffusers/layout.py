@@ -69,7 +69,7 @@ class TokenLayout:
         """Lay out `geometry` along `order`, on `device`. One of the blocks divides the other."""
         block = max(query_block, key_block)
         video = visiting_order(order, geometry.grid)
-        text = torch.arange(geometry.text_tokens)
+        text = torch.arange(geometry.text_tokens, device="cpu")
         if geometry.text_first:
             video = video + geometry.text_tokens
         else:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 
 def psnr(video: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, mean over frames of `10 log10(1 / MSE)`.
+    """Peak signal-to-noise ratio in dB, mean of `10 log10(1 / MSE)` over the frames that differ.
 
     Args:
         video, reference: `[F, H, W, C]` in [0, 1].
@@ -20,7 +20,8 @@ def psnr(video: Tensor, reference: Tensor) -> float:
     """
     _check(video, reference)
     error = (video.double() - reference.double()).square().flatten(1).mean(1)
-    return float((-10 * error.log10()).mean()) if error.any() else math.inf
+    error = error[error > 0]
+    return float((-10 * error.log10()).mean()) if error.numel() else math.inf
 
 
 def ssim(video: Tensor, reference: Tensor) -> float:

@@ -139,10 +139,10 @@ class DFSAttnState:
         self._runs[-1].modes["dense"] += 1
         self._runs[-1].dense_reasons[reason] += 1
 
-    def layout(self) -> TokenLayout:
-        """Token layout of this forward, built once per geometry and device."""
+    def layout(self, device: torch.device) -> TokenLayout:
+        """Token layout of this forward on a layer's device, built once for each."""
         forward = self._require_forward()
-        key = forward.geometry, forward.device
+        key = forward.geometry, device
         if key not in self._layouts:
             self._layouts[key] = TokenLayout.build(
                 forward.geometry,
@@ -150,7 +150,7 @@ class DFSAttnState:
                 tile_size=self.config.tile_size,
                 query_block=self.config.query_block,
                 key_block=self.config.key_block,
-                device=forward.device,
+                device=device,
             )
         return self._layouts[key]
 

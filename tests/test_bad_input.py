@@ -61,6 +61,13 @@ def test_unknown_preset_field_and_backend():
     assert run(pipe).isfinite().all()
 
 
+def test_dense_layers_that_do_not_exist():
+    pipe = tiny_wan()
+    with pytest.raises(ValueError, match=r"dense_layers must name layers from 0 to 1 .* got \[7\]"):
+        enable_dfsattn(pipe, dense_layers=(0, 7))
+    assert run(pipe).isfinite().all()
+
+
 def test_backend_that_cannot_do_it_is_refused_before_any_step():
     """Head dim 16 in float32 on a CPU: nothing for the Triton kernel."""
     pipe, steps = tiny_wan(), []

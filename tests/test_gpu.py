@@ -93,7 +93,7 @@ def test_no_sync_in_the_step_loop(family, way):
     disable_dfsattn(pipe)
     # What a new token layout costs once per run must not grow with the steps.
     assert ours[12] - ours[4] == stock[12] - stock[4]
-    assert ours[4] - stock[4] <= 4
+    assert ours[4] - stock[4] <= 4 * sum(name.startswith("transformer") for name in pipe.components)
 
 
 def test_cpu_offload_before_and_after(family):

@@ -259,7 +259,8 @@ def test_branches_have_their_own_maps_unless_shared(pipe):
 
 def test_dense_layers_and_small_videos_stay_dense(pipe):
     stock = run(pipe)
-    layers = len(pipe.transformer.attn_processors)
+    with enable_dfsattn(pipe, SPARSE) as handle:
+        layers = len(handle._attachments[0]._modules)
     with enable_dfsattn(pipe, SPARSE, dense_layers=range(layers)) as handle:
         torch.testing.assert_close(run(pipe), stock, atol=1e-4, rtol=1e-4)
     assert set(handle.report().runs[0].dense_reasons) == {"dense layer"}

@@ -25,7 +25,8 @@ class DFSAttnConfig:
     Args:
         dense_fraction: Share of the run, from its start, with dense attention; in [0, 1]. The
             global layout of a video is settled there: less is faster and drifts from the dense
-            video. Any share above 0 keeps at least one dense step.
+            video. Any share above 0 keeps at least one dense step. Where a pipeline starts in the
+            middle of its schedule (video to video), the steps before that count as gone.
         keep_ratios: Kept share of video key blocks, one value per refresh, each in (0, 1], never
             rising along the run. The last one holds until the end. Costs are proportional to it.
         refreshes: Number of times the block maps are computed, or None for one per keep ratio.

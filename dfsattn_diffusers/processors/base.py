@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 from ..attention import sparse_attention
@@ -35,6 +37,7 @@ class LayerProcessor:
         self._attention_backend = getattr(replaced, "_attention_backend", None)
         self._parallel_config = getattr(replaced, "_parallel_config", None)
 
+    @torch.compiler.disable
     def attend(
         self,
         query: Tensor,
@@ -72,16 +75,19 @@ class LayerProcessor:
                 backend=self._attention_backend,
                 parallel_config=self._parallel_config,
             )
+        text_lengths = state.forward.text_lengths
+        if text_lengths is not None:
+            text_lengths = text_lengths.to(query.device)
         reuse = decision.mode == "reuse"
         out, selection = sparse_attention(
             query,
             key,
             value,
-            state.layout(),
+            state.layout(query.device),
             state.block_map(self.layer, batch) if reuse else None,
             keep_ratio=decision.keep_ratio,
             budget=state.config.budget,
-            text_lengths=state.forward.text_lengths,
+            text_lengths=text_lengths,
             backend=state.config.backend,
         )
         if selection is not None:
@@ -108,3 +114,14 @@ class LayerProcessor:
         one = BlockMap.full(1, query.shape[2], 1, 1, **blocks, device=query.device)
         block_sparse_attention(token, token, token, one, backend=config.backend)
         self.state.served.add(kind)
+
+
+def norm_and_rotate(
+    x: Tensor, norm: torch.nn.Module | None, rotary: tuple[Tensor, Tensor] | None, video: slice
+) -> Tensor:
+    """QK norm of `[B, N, H, D]`, then rotary embedding of the video tokens, as the host does it."""
+    x = x if norm is None else norm(x)
+    if rotary is None:
+        return x
+    rotated = apply_rotary_emb(x[:, video], rotary, sequence_dim=1)
+    return torch.cat([x[:, : video.start], rotated, x[:, video.stop :]], dim=1)

@@ -10,12 +10,11 @@ from diffusers.models.attention_processor import (
     CogVideoXAttnProcessor2_0,
     FusedCogVideoXAttnProcessor2_0,
 )
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 from ..layout import TokenGeometry
 from .adapter import ModelAdapter, register_adapter
-from .base import LayerProcessor
+from .base import LayerProcessor, norm_and_rotate
 
 
 class CogVideoXDFSAttnProcessor(LayerProcessor):
@@ -43,23 +42,13 @@ class CogVideoXDFSAttnProcessor(LayerProcessor):
                 project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v)
             )
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
-        query = _norm_and_rotate(query, attn.norm_q, image_rotary_emb, text_tokens)
-        key = _norm_and_rotate(key, attn.norm_k, image_rotary_emb, text_tokens)
+        video = slice(text_tokens, tokens)
+        query = norm_and_rotate(query, attn.norm_q, image_rotary_emb, video)
+        key = norm_and_rotate(key, attn.norm_k, image_rotary_emb, video)
 
         out = self.attend(query, key, value, attention_mask).flatten(2)
         out = attn.to_out[1](attn.to_out[0](out))
         return out[:, text_tokens:], out[:, :text_tokens]
-
-
-def _norm_and_rotate(
-    x: Tensor, norm: torch.nn.Module | None, rotary: tuple[Tensor, Tensor] | None, text_tokens: int
-) -> Tensor:
-    """QK norm of `[B, N, H, D]`, then rotary embedding of the video tokens behind the text."""
-    x = x if norm is None else norm(x)
-    if rotary is None:
-        return x
-    video = apply_rotary_emb(x[:, text_tokens:], rotary, sequence_dim=1)
-    return torch.cat([x[:, :text_tokens], video], dim=1)
 
 
 def _tokens(

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from torch import Tensor
 
 from ..layout import TokenGeometry
 from .adapter import ModelAdapter, register_adapter
-from .base import LayerProcessor
+from .base import LayerProcessor, norm_and_rotate
 
 
 class HunyuanVideoDFSAttnProcessor(LayerProcessor):
@@ -28,6 +27,7 @@ class HunyuanVideoDFSAttnProcessor(LayerProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         video_tokens = hidden_states.shape[1]
+        video = slice(0, video_tokens)
         if attn.add_q_proj is None:
             # Single-stream blocks project both streams with the same weights.
             hidden_states = torch.cat([hidden_states, encoder_hidden_states], dim=1)
@@ -35,8 +35,8 @@ class HunyuanVideoDFSAttnProcessor(LayerProcessor):
             project(hidden_states).unflatten(2, (attn.heads, -1))
             for project in (attn.to_q, attn.to_k, attn.to_v)
         )
-        query = _norm_and_rotate(query, attn.norm_q, image_rotary_emb, video_tokens)
-        key = _norm_and_rotate(key, attn.norm_k, image_rotary_emb, video_tokens)
+        query = norm_and_rotate(query, attn.norm_q, image_rotary_emb, video)
+        key = norm_and_rotate(key, attn.norm_k, image_rotary_emb, video)
 
         if attn.add_q_proj is not None:
             text_query, text_key, text_value = (
@@ -53,23 +53,12 @@ class HunyuanVideoDFSAttnProcessor(LayerProcessor):
 
         out = self.attend(query, key, value, attention_mask, mask_is_text_padding=True)
         out = out.flatten(2).to(query.dtype)
-        video, text = out[:, :video_tokens], out[:, video_tokens:]
+        video_out, text_out = out[:, :video_tokens], out[:, video_tokens:]
         if attn.to_out is not None:
-            video = attn.to_out[1](attn.to_out[0](video))
+            video_out = attn.to_out[1](attn.to_out[0](video_out))
         if attn.to_add_out is not None:
-            text = attn.to_add_out(text)
-        return video, text
-
-
-def _norm_and_rotate(
-    x: Tensor, norm: torch.nn.Module | None, rotary: tuple[Tensor, Tensor] | None, video_tokens: int
-) -> Tensor:
-    """QK norm of `[B, N, H, D]`, then rotary embedding of the leading video tokens."""
-    x = x if norm is None else norm(x)
-    if rotary is None:
-        return x
-    video = apply_rotary_emb(x[:, :video_tokens], rotary, sequence_dim=1)
-    return torch.cat([video, x[:, video_tokens:]], dim=1)
+            text_out = attn.to_add_out(text_out)
+        return video_out, text_out
 
 
 def _tokens(

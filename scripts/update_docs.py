@@ -1,0 +1,91 @@
+"""Write the tables of README.md from the presets and from the data in `benchmarks/`.
+
+python scripts/update_docs.py            # rewrite
+python scripts/update_docs.py --check    # fail if anything would change
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from dfsattn_diffusers import list_presets
+from dfsattn_diffusers.configs import resolve_config
+from dfsattn_diffusers.schedule import decide
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+STEPS = 50
+
+
+def markdown(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def nominal_density(config):
+    """Attention work relative to dense over a run, from the schedule alone."""
+    at = dict(video_tokens=10**6, cached_segment=None)
+    return sum(decide(i, STEPS, 0, config, **at).keep_ratio for i in range(STEPS)) / STEPS
+
+
+def presets():
+    rows = []
+    for name in list_presets():
+        config = resolve_config(name)
+        rows.append(
+            [
+                f"`{name}`",
+                f"{config.dense_fraction:.0%}",
+                ", ".join(f"{ratio:g}" for ratio in config.keep_ratios),
+                f"per {config.budget}",
+                f"{nominal_density(config):.2f}",
+            ]
+        )
+    header = ["preset", "dense share of the steps", "kept ratios", "budget", "density at 50 steps"]
+    return markdown(header, rows)
+
+
+def kernels():
+    data = json.loads((ROOT / "benchmarks" / "kernel_h200.json").read_text())
+    about = (
+        f"One {data['gpu']}, {data['dtype']}, torch {data['torch']}, triton {data['triton']}; "
+        "random maps, values new in each run, median of "
+        f"{data['iterations']}. TFLOP/s count kept work only.\n\n"
+    )
+    rows = [
+        [
+            " x ".join(f"{size:,}" for size in data["shapes"][row["shape"]]),
+            f"{row['density']:g}",
+            row["kernel"],
+            f"{row['ms']:.1f}",
+            f"{row['tflops']:.0f}",
+        ]
+        for row in data["rows"]
+    ]
+    header = ["heads x tokens x head dim", "density", "kernel", "ms", "TFLOP/s"]
+    return about + markdown(header, rows)
+
+
+def replace(text, name, table):
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+    if not pattern.search(text):
+        sys.exit(f"README.md has no place marked <!-- {name} --> ... <!-- /{name} -->")
+    return pattern.sub(lambda match: f"{match[1]}{table}\n{match[2]}", text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, fail on differences")
+    args = parser.parse_args()
+    old = README.read_text()
+    new = replace(replace(old, "presets", presets()), "kernels", kernels())
+    if args.check and new != old:
+        sys.exit("README.md does not match the data: run python scripts/update_docs.py")
+    if not args.check:
+        README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()

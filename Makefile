@@ -28,6 +28,7 @@ demo: venv
 
 lint: venv
 	.venv/bin/ruff check .
+	.venv/bin/python scripts/update_docs.py --check
 
 test: lint
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) -m "not gpu" $(ARGS)

@@ -1,4 +1,4 @@
-"""Write the tables of README.md from the presets and from the data in `benchmarks/`.
+"""Write the tables of the documents from the presets and from the data in `benchmarks/`.
 
 python scripts/update_docs.py            # rewrite
 python scripts/update_docs.py --check    # fail if anything would change
@@ -15,7 +15,6 @@ from dfsattn_diffusers.configs import resolve_config
 from dfsattn_diffusers.schedule import decide
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
 STEPS = 50
 
 
@@ -68,23 +67,31 @@ def kernels():
     return about + markdown(header, rows)
 
 
-def replace(text, name, table):
-    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
-    if not pattern.search(text):
-        sys.exit(f"README.md has no place marked <!-- {name} --> ... <!-- /{name} -->")
-    return pattern.sub(lambda match: f"{match[1]}{table}\n{match[2]}", text)
+# Each document's tables, by the name of the marks around them.
+TABLES = {"README.md": {"presets": presets}, "docs/performance.md": {"kernels": kernels}}
+
+
+def updated(path, text):
+    for name, table in TABLES[path].items():
+        marks = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.S)
+        if not marks.search(text):
+            sys.exit(f"{path} has no place marked <!-- {name} --> ... <!-- /{name} -->")
+        new = f"<!-- {name} -->\n{table()}\n<!-- /{name} -->"
+        text = marks.sub(lambda _, new=new: new, text)
+    return text
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing, fail on differences")
     args = parser.parse_args()
-    old = README.read_text()
-    new = replace(replace(old, "presets", presets()), "kernels", kernels())
-    if args.check and new != old:
-        sys.exit("README.md does not match the data: run python scripts/update_docs.py")
-    if not args.check:
-        README.write_text(new)
+    for path in TABLES:
+        old = (ROOT / path).read_text()
+        new = updated(path, old)
+        if args.check and new != old:
+            sys.exit(f"{path} does not match the data: run python scripts/update_docs.py")
+        if not args.check:
+            (ROOT / path).write_text(new)
 
 
 if __name__ == "__main__":

@@ -142,8 +142,8 @@ class StepClock:
             return len(timesteps)
         if self._length is None and self._num_inference_steps is None:
             logger.warning(
-                "Nothing tells how many denoising steps there will be: taking %d. Enable DFSAttn on "
-                "the pipeline, or name the number in model.cache_context(...).",
+                "Nothing tells how many denoising steps there will be: taking %d. Enable DFSAttn "
+                "on the pipeline, or name the number in model.cache_context(...).",
                 _DEFAULT_STEPS,
             )
             self._num_inference_steps = _DEFAULT_STEPS

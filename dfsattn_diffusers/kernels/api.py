@@ -28,7 +28,7 @@ class Explanation:
 
     def __str__(self) -> str:
         others = "; ".join(f"not {name}: {reason}" for name, reason in self.rejected.items())
-        return f"{self.backend} ({others})"
+        return f"{self.backend} ({others})" if others else self.backend
 
 
 def block_sparse_attention(

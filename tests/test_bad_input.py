@@ -138,12 +138,12 @@ def test_a_family_registers_once():
         register_adapter(adapter)
 
 
-@pytest.mark.parametrize("found", ["0.41.0", "0.44.0", "1.0.0.dev0"])
+@pytest.mark.parametrize("found", ["0.41.0", "0.43.0", "1.0.0.dev0"])
 def test_unsupported_diffusers(monkeypatch, found):
     from dfsattn_diffusers import _versions
 
     monkeypatch.setattr(_versions.importlib.metadata, "version", lambda name: found)
-    with pytest.raises(ImportError, match=f"diffusers>=0.42,<0.44; found {found}. Run: pip"):
+    with pytest.raises(ImportError, match=f"diffusers>=0.42,<0.43; found {found}. Run: pip"):
         _versions.check_host_version()
 
 

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from tiny_pipelines import FAMILIES, run
+from tiny_pipelines import FAMILIES, run, transformers
 
 from dfsattn_diffusers import DFSAttnConfig, DFSAttnProcessor, disable_dfsattn, enable_dfsattn
 
@@ -85,15 +85,14 @@ def test_no_sync_in_the_step_loop(family, way):
     if way == "enable":
         enable_dfsattn(pipe, SPARSE)
     else:
-        for name in ("transformer", "transformer_2"):
-            if getattr(pipe, name, None) is not None:
-                pipe.components[name].set_attn_processor(DFSAttnProcessor(SPARSE))
+        for transformer in transformers(pipe).values():
+            transformer.set_attn_processor(DFSAttnProcessor(SPARSE))
     run(pipe)
     ours = {steps: sync_warnings(pipe, steps) for steps in (4, 12)}
     disable_dfsattn(pipe)
     # What a new token layout costs once per run must not grow with the steps.
     assert ours[12] - ours[4] == stock[12] - stock[4]
-    assert ours[4] - stock[4] <= 4 * sum(name.startswith("transformer") for name in pipe.components)
+    assert ours[4] - stock[4] <= 4 * len(transformers(pipe))
 
 
 def test_cpu_offload_before_and_after(family):

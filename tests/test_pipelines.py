@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from tiny_pipelines import FAMILIES, run, tiny_wan
+from tiny_pipelines import FAMILIES, run, tiny_wan, transformers
 
 from dfsattn_diffusers import (
     DFSAttnConfig,
@@ -24,11 +24,7 @@ def pipe(request):
 
 
 def processors(pipe):
-    found = {}
-    for name in ("transformer", "transformer_2"):
-        if getattr(pipe, name, None) is not None:
-            found[name] = pipe.components[name].attn_processors
-    return found
+    return {name: module.attn_processors for name, module in transformers(pipe).items()}
 
 
 def same_objects(a, b):
@@ -175,9 +171,9 @@ def test_the_bare_processor_does_the_same(pipe):
     with enable_dfsattn(pipe, SPARSE):
         wanted = run(pipe, steps=steps)
     stock = run(pipe, steps=steps)
-    bare = [DFSAttnProcessor(SPARSE, num_inference_steps=steps) for _ in processors(pipe)]
-    for name, processor in zip(processors(pipe), bare):
-        pipe.components[name].set_attn_processor(processor)
+    bare = [DFSAttnProcessor(SPARSE, num_inference_steps=steps) for _ in transformers(pipe)]
+    for transformer, processor in zip(transformers(pipe).values(), bare):
+        transformer.set_attn_processor(processor)
     assert torch.equal(run(pipe, steps=steps), wanted)
     assert torch.equal(run(pipe, steps=steps), wanted)
     assert bare[0].handle.report().runs[0].num_steps == steps
@@ -191,8 +187,8 @@ def test_the_bare_processor_sparse_from_the_first_step(pipe):
     config = SPARSE.replace(dense_fraction=0)
     with enable_dfsattn(pipe, config):
         wanted = run(pipe)
-    for name in processors(pipe):
-        pipe.components[name].set_attn_processor(DFSAttnProcessor(config))
+    for transformer in transformers(pipe).values():
+        transformer.set_attn_processor(DFSAttnProcessor(config))
     assert torch.equal(run(pipe), wanted)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_pipelines import FAMILIES, run
+from tiny_pipelines import FAMILIES, run, transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfsattn_diffusers.attention
@@ -57,9 +57,8 @@ def test_no_sync_in_the_step_loop(family, way, monkeypatch):
     if way == "enable":
         enable_dfsattn(pipe, SPARSE)
     else:
-        for name in ("transformer", "transformer_2"):
-            if getattr(pipe, name, None) is not None:
-                pipe.components[name].set_attn_processor(DFSAttnProcessor(SPARSE))
+        for transformer in transformers(pipe).values():
+            transformer.set_attn_processor(DFSAttnProcessor(SPARSE))
     # The first run finds out whether the backend serves the model.
     run(pipe)
     ours = {steps: syncs(pipe, steps) for steps in (4, 12)}

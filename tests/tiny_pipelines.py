@@ -249,6 +249,12 @@ def run(
     return pipe(**arguments | kwargs).frames
 
 
+def transformers(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """The denoisers of `pipe` by name: one, or two for Wan2.2."""
+    names = ("transformer", "transformer_2")
+    return {name: getattr(pipe, name) for name in names if getattr(pipe, name, None) is not None}
+
+
 def pixels(pipe: DiffusionPipeline, grid: tuple[int, int, int] = GRID) -> dict[str, int]:
     """The size to ask of `pipe` so that its transformer sees `grid` video tokens."""
     config = pipe.transformer.config

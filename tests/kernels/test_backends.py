@@ -40,6 +40,14 @@ def test_other_blocks_and_lengths(backend, device, dtype, query_block, key_block
 
 
 @pytest.mark.parametrize("backend, device, dtype", TARGETS)
+def test_results_do_not_change_from_run_to_run(backend, device, dtype):
+    p = problem(device, dtype, num_queries=usual_size(device), head_dim=128, seed=4)
+    first = p.run(backend)
+    for _ in range(2 if device == "cpu" else 20):
+        assert torch.equal(p.run(backend), first)
+
+
+@pytest.mark.parametrize("backend, device, dtype", TARGETS)
 def test_output_order(backend, device, dtype):
     """Rows go where they are told, into a transposed tensor; nothing else is touched."""
     p = problem(device, dtype, num_queries=200, seed=3)

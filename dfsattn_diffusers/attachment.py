@@ -37,7 +37,7 @@ def _copy_settings(source: Any, target: Any) -> None:
     """Carry the attention backend and parallelism, which the user may set at any time, over."""
     for setting in ("_attention_backend", "_parallel_config"):
         if hasattr(target, setting):
-            setattr(target, setting, getattr(source, setting))
+            setattr(target, setting, getattr(source, setting, None))
 
 
 class Attachment:
@@ -74,9 +74,10 @@ class Attachment:
                 f"{name}; got {beyond}."
             )
         self._ours = {
-            key: adapter.processor_class(state, layer, self._originals[key])
-            for layer, key in enumerate(self._modules)
+            key: adapter.processor_class(state, layer) for layer, key in enumerate(self._modules)
         }
+        for key, processor in self._ours.items():
+            _copy_settings(self._originals[key], processor)
         self._hook = TransformerHook(transformer, adapter, state, clock, name, self._watch)
 
     def attach(self) -> None:

@@ -21,7 +21,6 @@ def sparse_attention(
     keep_ratio: float = 1.0,
     budget: str = "row",
     text_lengths: Tensor | None = None,
-    scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Selection | None]:
     """Attention over the key blocks that matter (DFSAttn, Hu et al., arXiv 2605.23445).
@@ -33,27 +32,26 @@ def sparse_attention(
         keep_ratio: Share of video key blocks that a new selection keeps.
         budget: Rows that share the budget of a new selection: "row", "head" or "layer".
         text_lengths: `[B]` valid text tokens per batch row; None means all.
-        scale: Of the logits; `D ** -0.5` by default.
         backend: A kernel backend's name, or "auto".
 
     Returns:
         The output, `[B, N, H, D]`, and the selection if it was made here.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = query.shape[-1] ** -0.5
+    key_lengths = layout.lengths(layout.key_block, text_lengths)
     q, k, v = (layout.to_curve(x) for x in (query, key, value))
     selection = None
     if block_map is None:
-        selection = _select(q, k, layout, keep_ratio, budget, text_lengths, scale)
+        selection = _select(q, k, layout, keep_ratio, budget, text_lengths, key_lengths, scale)
         block_map = selection.block_map
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    batch_lengths = layout.lengths(layout.key_block, text_lengths)
     block_sparse_attention(
         q,
         k,
         v,
         block_map,
         scale=scale,
-        key_lengths=batch_lengths.expand(q.shape[0], -1),
+        key_lengths=key_lengths.expand(q.shape[0], -1),
         full_key_blocks=layout.full_key_blocks,
         output_order=layout.target,
         out=out.transpose(1, 2),
@@ -69,6 +67,7 @@ def _select(
     keep_ratio: float,
     budget: str,
     text_lengths: Tensor | None,
+    key_lengths: Tensor,
     scale: float,
 ) -> Selection:
     tile, video = layout.tile_size, layout.video_slots
@@ -88,7 +87,7 @@ def _select(
         scores,
         keep_ratio=keep_ratio,
         query_lengths=layout.lengths(layout.query_block, text_lengths),
-        key_lengths=layout.lengths(layout.key_block, text_lengths),
+        key_lengths=key_lengths,
         num_video_key_blocks=-(-layout.geometry.video_tokens // layout.key_block),
         num_text_query_blocks=text // layout.query_block,
         num_text_key_blocks=text // layout.key_block,

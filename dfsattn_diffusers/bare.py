@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import unwrap_module
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .attachment import restore_stock
@@ -61,7 +62,7 @@ class DFSAttnProcessor:
                 listener.remove()
             elif processor._is_held_by(module):
                 listener.remove()
-                processor._bind(getattr(module, "_orig_mod", module))
+                processor._bind(unwrap_module(module))
 
         listener = register_module_forward_pre_hook(find_root)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import unwrap_module
 
 from .attachment import Attachment, attachment_of, restore_stock
 from .configs import DFSAttnConfig, resolve_config
@@ -138,9 +139,9 @@ def _holds_ours(transformer: torch.nn.Module) -> bool:
 
 def _find_transformers(pipe_or_transformer: Any) -> tuple[dict[str, torch.nn.Module], Any | None]:
     if isinstance(pipe_or_transformer, torch.nn.Module):
-        return {"transformer": _unwrap(pipe_or_transformer)}, None
+        return {"transformer": unwrap_module(pipe_or_transformer)}, None
     found = {
-        name: _unwrap(getattr(pipe_or_transformer, name))
+        name: unwrap_module(getattr(pipe_or_transformer, name))
         for name in _TRANSFORMER_NAMES
         if isinstance(getattr(pipe_or_transformer, name, None), torch.nn.Module)
     }
@@ -150,8 +151,3 @@ def _find_transformers(pipe_or_transformer: Any) -> tuple[dict[str, torch.nn.Mod
             f"supported transformers are {', '.join(list_models())}."
         )
     return found, pipe_or_transformer
-
-
-def _unwrap(transformer: torch.nn.Module) -> torch.nn.Module:
-    """The module inside a `torch.compile` wrapper."""
-    return getattr(transformer, "_orig_mod", transformer)

@@ -18,7 +18,7 @@ class ModelAdapter:
 
     Attributes:
         transformer_class: Name of the diffusers transformer class.
-        processor_class: Built as `processor_class(state, layer, replaced)` for each sparse layer.
+        processor_class: Built as `processor_class(state, layer)` for each sparse layer.
         is_sparse_layer: Tells by name which of `transformer.attn_processors` are video attention.
         tokens: From the transformer and the arguments of its forward to the token geometry and
             the `[B]` valid text tokens (None where all are valid).

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
@@ -23,19 +21,16 @@ class LayerProcessor:
     Args:
         state: Of the pipeline.
         layer: Index among the transformer's sparse layers.
-        replaced: The processor in whose place this one stands; the user's choice of attention
-            backend and parallelism is taken over from it.
     """
 
     is_dfsattn = True
+    # What users set on processors through the host; an attachment carries it over and back.
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self, state: DFSAttnState, layer: int, replaced: Any):
+    def __init__(self, state: DFSAttnState, layer: int):
         self.state = state
         self.layer = layer
-        self._attention_backend = getattr(replaced, "_attention_backend", None)
-        self._parallel_config = getattr(replaced, "_parallel_config", None)
 
     @torch.compiler.disable
     def attend(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -54,6 +54,8 @@ class TokenLayout:
     source: Tensor
     target: Tensor
     restore: Tensor
+    # By size: the text lengths last asked for and the answer, which all layers of a forward share.
+    _lengths: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def build(
@@ -114,11 +116,18 @@ class TokenLayout:
 
         Args:
             size: Slots per run: a tile or a block; divides the padded segments.
-            text_lengths: `[B]` integers, valid text tokens per batch row; None means all.
+            text_lengths: `[B]` integers, valid text tokens per batch row; None means all. Must not
+                change in place: the same tensor gets the same answer.
 
         Returns:
-            `[B, P / size]` int32, with `B = 1` where `text_lengths` is None.
+            `[B, P / size]` int32, with `B = 1` where `text_lengths` is None. Do not write to it.
         """
+        known = self._lengths.get(size)
+        if known is None or known[0] is not text_lengths:
+            known = self._lengths[size] = text_lengths, self._make_lengths(size, text_lengths)
+        return known[1]
+
+    def _make_lengths(self, size: int, text_lengths: Tensor | None) -> Tensor:
         start = torch.arange(0, self.slots, size, device=self.source.device, dtype=torch.int32)
         is_text = start >= self.video_slots
         if text_lengths is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .kernels.fast import fast
+
 # Largest slice of the tile affinity that is in memory at a time.
 _CHUNK_BYTES = 128 * 2**20
 
@@ -19,6 +21,9 @@ def pool_tiles(x: Tensor, lengths: Tensor) -> Tensor:
     Returns:
         `[B, H, T, D]` float32; 0 for a tile without tokens.
     """
+    kernels = fast("tile_scores", x)
+    if kernels and kernels.can_pool(x):
+        return kernels.pool_tiles(x, lengths)
     tiles = x.unflatten(2, (lengths.shape[1], -1))
     real = torch.arange(tiles.shape[3], device=x.device) < lengths[..., None]
     total = (tiles * real[:, None, :, :, None]).sum(3, dtype=torch.float32)
@@ -39,7 +44,8 @@ def score_blocks(
 
     Tile affinity is the softmax over all key tiles of `q_tile . k_tile * scale`. A block's score
     is its sum over the block's tiles, averaged over the query tiles, so that rows sum to 1 (Hu et
-    al., arXiv 2605.23445). The tile matrix exists in slices of query blocks only.
+    al., arXiv 2605.23445). The tile matrix exists in slices of query blocks only, and on a GPU with
+    Triton not at all.
 
     Args:
         query_tiles: `[B, H, Tq, D]` float32.
@@ -53,6 +59,17 @@ def score_blocks(
     Returns:
         `[B, H, nQ, nK]` float32.
     """
+    kernels = fast("tile_scores", query_tiles)
+    if kernels and kernels.can_score(query_tiles, tiles_per_query_block, tiles_per_key_block):
+        return kernels.block_scores(
+            query_tiles,
+            key_tiles,
+            query_lengths,
+            key_lengths,
+            tiles_per_query_block=tiles_per_query_block,
+            tiles_per_key_block=tiles_per_key_block,
+            scale=scale,
+        )
     batch, heads, num_query_tiles, _ = query_tiles.shape
     num_key_tiles = key_tiles.shape[2]
     keys = key_tiles.transpose(2, 3) * scale

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .kernels import BlockMap
+from .kernels.fast import fast
 
 # With a shared budget, the share of its own row budget that every row is sure of.
 _ROW_FLOOR = 0.25
@@ -88,11 +89,13 @@ def select_blocks(
 
 def _keep_highest(scores: Tensor, kept_per_row: int, budget: str) -> Tensor:
     """Boolean mask of the highest scores: `kept_per_row` in each row, or as many in all."""
-    if budget == "row":
-        return _top(scores, kept_per_row)
-    sure = max(1, int(kept_per_row * _ROW_FLOOR))
-    mask = _top(scores, sure)
+    sure = kept_per_row if budget == "row" else max(1, int(kept_per_row * _ROW_FLOOR))
     shared_from = 2 if budget == "head" else 1
+    if kernels := fast("top_blocks", scores):
+        return kernels.keep_highest(scores, sure, kept_per_row - sure, shared_from)
+    mask = _top(scores, sure)
+    if sure == kept_per_row:
+        return mask
     rest = scores.masked_fill(mask, float("-inf")).flatten(shared_from)
     num_rows = math.prod(scores.shape[shared_from:-1])
     return mask | _top(rest, (kept_per_row - sure) * num_rows).view_as(scores)

@@ -17,7 +17,7 @@ ARROWS = {
     "kernels": {"kernels"},
     "curves": set(),
     "layout": {"curves"},
-    "score": set(),
+    "score": {"kernels"},
     "selection": {"kernels"},
     "attention": {"kernels", "layout", "score", "selection"},
     "schedule": {"configs"},

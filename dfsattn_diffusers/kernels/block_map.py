@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .fast import fast
+
 
 @dataclass(frozen=True)
 class BlockMap:
@@ -66,6 +68,9 @@ class BlockMap:
         num_key_blocks = mask.shape[-1]
         width = num_key_blocks if max_count is None else max_count
         _check_positive("max_count", width)
+        if kernels := fast("map_kernels", mask):
+            lists = kernels.list_blocks(mask, num_key_blocks, width, packed=False)
+            return cls(*lists, num_key_blocks, query_block, key_block)
         rank = mask.cumsum(-1, dtype=torch.int32)
         counts = rank[..., -1]
         full = counts == num_key_blocks
@@ -114,15 +119,20 @@ class BlockMap:
 
     def pack(self) -> PackedBlockMap:
         """The same map in one bit per block, for keeping."""
-        mask = F.pad(self.to_mask().to(torch.uint8), (0, -self.num_key_blocks % 8))
-        bits = mask.unflatten(-1, (-1, 8)) << torch.arange(8, device=mask.device).to(torch.uint8)
         return PackedBlockMap(
-            bits.sum(-1, dtype=torch.uint8),
+            self._bits(),
             self.indices.shape[-1],
             self.num_key_blocks,
             self.query_block,
             self.key_block,
         )
+
+    def _bits(self) -> Tensor:
+        if kernels := fast("map_kernels", self.counts):
+            return kernels.pack_bits(self.counts, self.indices, self.num_key_blocks)
+        mask = F.pad(self.to_mask().to(torch.uint8), (0, -self.num_key_blocks % 8))
+        bits = mask.unflatten(-1, (-1, 8)) << torch.arange(8, device=mask.device).to(torch.uint8)
+        return bits.sum(-1, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -148,6 +158,9 @@ class PackedBlockMap:
 
     def unpack(self) -> BlockMap:
         """The map that was packed, exactly."""
+        if kernels := fast("map_kernels", self.bits):
+            lists = kernels.list_blocks(self.bits, self.num_key_blocks, self.max_count, packed=True)
+            return BlockMap(*lists, self.num_key_blocks, self.query_block, self.key_block)
         bit = torch.arange(8, device=self.bits.device).to(torch.uint8)
         mask = (self.bits[..., None] >> bit & 1).flatten(-2)[..., : self.num_key_blocks].bool()
         return BlockMap.from_mask(

@@ -127,7 +127,7 @@ def _choose(call: AttentionCall) -> Explanation:
     able, rejected = [], {}
     for module in map(load_backend, list_backends()):
         reason = module.why_not(call)
-        if reason is None and device not in (module.AUTO_DEVICES or [device]):
+        if reason is None and module.AUTO_DEVICES is not None and device not in module.AUTO_DEVICES:
             reason = f"auto does not use it on {device}"
         if reason is None:
             able.append(module)

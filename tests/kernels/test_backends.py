@@ -36,6 +36,8 @@ def test_other_blocks_and_lengths(backend, device, dtype, query_block, key_block
         device, dtype, num_queries=tokens // 2, num_keys=tokens, query_block=query_block,
         key_block=key_block, density=0.3, seed=2,
     )
+    if backend == "gluon_hopper" and query_block != 128:
+        pytest.skip("it needs query blocks of 128")
     check(p, backend)
 
 

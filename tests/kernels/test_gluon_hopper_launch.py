@@ -1,0 +1,188 @@
+"""The Gluon kernel: it fits sm90, every way to launch it is right, and it says what it cannot."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import ON_CUDA, assert_close, problem, segments, some_full_rows
+
+from dfsattn_diffusers.kernels import BlockMap, explain
+from dfsattn_diffusers.kernels.backends import load_backend
+
+backend = load_backend("gluon_hopper")
+if not hasattr(backend, "SETTINGS"):
+    pytest.skip(backend.why_not(None), allow_module_level=True)
+
+SHARED_MEMORY = 232_448
+# Head dim, key block, dtype, and whether lengths, an order and the log-sum-exp are asked for.
+BUILDS = [
+    (128, 128, "bfloat16", False),
+    (128, 128, "bfloat16", True),
+    (128, 64, "bfloat16", False),
+    (64, 128, "float16", True),
+]
+
+
+def explained(q, query_block=128, key_block=128):
+    rows, columns = -(-q.shape[2] // query_block), -(-q.shape[2] // key_block)
+    block_map = BlockMap.full(
+        *q.shape[:2], rows, columns, query_block=query_block, key_block=key_block, device=q.device
+    )
+    return explain(q, q, q, block_map)
+
+
+def test_refuses_other_devices():
+    reason = explained(torch.ones(1, 1, 64, 64)).rejected["gluon_hopper"]
+    assert reason == "it needs a CUDA device of capability 9.0, got cpu"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(dtype=torch.float32), "it needs torch.bfloat16 or torch.float16, got torch.float32"),
+        (dict(head_dim=32), "head dim 64 or 128, got 128, 128 and 32"),
+        (dict(query_block=64), "it needs query blocks of 128, .* got 64, 128 and 64"),
+        (dict(key_block=32), "key blocks of 64 or 128 .* got 128, 32 and 64"),
+        (dict(stride=67), "it needs q's address and strides in multiples of 16 bytes"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_CUDA)])
+def test_refuses_what_it_cannot_do(monkeypatch, device, changes, message):
+    if device == "cpu":
+        monkeypatch.setattr(backend, "_is_hopper", lambda device: True)
+    size = dict(dtype=torch.float16, head_dim=64, query_block=128, key_block=128, stride=64)
+    size |= changes
+    stride = max(size["stride"], size["head_dim"])
+    q = torch.ones(1, 1, 256, stride, dtype=size["dtype"], device=device)[..., : size["head_dim"]]
+    choice = explained(q, size["query_block"], size["key_block"])
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(choice.rejected["gluon_hopper"])
+
+
+@pytest.mark.parametrize("change", [segments, some_full_rows])
+@pytest.mark.parametrize("head_dim, key_block", backend.SETTINGS)
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("changes", [dict(), dict(num_stages=2, early=False)], ids=str)
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_CUDA)])
+def test_every_way_to_launch(
+    monkeypatch, device, changes, persistent, head_dim, key_block, change
+):
+    """More rows than the GPU has multiprocessors, so that a program takes several."""
+    settings = backend.SETTINGS[head_dim, key_block]
+    settings = dataclasses.replace(settings, persistent=persistent, **changes)
+    monkeypatch.setattr(backend, "settings_for", lambda call: settings)
+    p = change(
+        problem(
+            device, torch.bfloat16, num_queries=4500, head_dim=head_dim, heads=5,
+            key_block=key_block, density=0.2,
+        )
+    )
+    p.mask[:, 0, 3:9] = False
+    out, lse = p.run("gluon_hopper", return_lse=True)
+    exact, eager = p.dense(torch.float64), p.dense(torch.bfloat16)
+    assert_close(out, exact[0], eager[0])
+    assert_close(lse, exact[1], eager[1])
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_CUDA)])
+def test_offsets_beyond_32_bits(device):
+    """The last head starts beyond element 2 ** 31."""
+    shape = (1, 130, 2**17, 128)
+    q, k, v = (torch.zeros(shape, dtype=torch.bfloat16, device=device) for _ in range(3))
+    small = problem(device, torch.bfloat16, num_queries=2**17, heads=1, batch=1, head_dim=128)
+    for big, x in ((q, small.q), (k, small.k), (v, small.v)):
+        big[:, -1:] = x
+    rows = small.mask.shape[2]
+    mask = torch.eye(rows, dtype=torch.bool, device=device).expand(1, 130, rows, rows)
+    last = dataclasses.replace(small, mask=mask[:, -1:]).run("gluon_hopper")
+    out = dataclasses.replace(small, q=q, k=k, v=v, mask=mask).run("gluon_hopper")
+    assert torch.equal(out[:, -1:], last)
+    assert not out[:, :-1].any()
+
+
+def test_fits_the_gpu():
+    """Compiled here for sm90: shared memory within its limit, and no spills in the loops."""
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    run = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True,
+        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path},
+    )
+    assert run.returncode == 0, run.stderr
+    builds = json.loads(run.stdout.splitlines()[-1])
+    assert len(builds) == len(BUILDS)
+    for (head_dim, key_block, _, everything), build in zip(BUILDS, builds):
+        assert build["shared"] <= SHARED_MEMORY, build
+        # Addresses for clearing padding, stored once and loaded outside the main loop.
+        allowed = 64 if everything and head_dim == key_block == 128 else 0
+        assert build["spilled"] <= allowed, build
+        # Else the request for more registers was dropped in silence.
+        assert {40, 232} <= set(build["budgets"]), build
+
+
+def compile_for_hopper(head_dim, key_block, dtype, everything):
+    """Compile the kernel without a GPU and ask ptxas what it takes."""
+    import re
+    import tempfile
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.runtime.jit import native_specialize_impl
+
+    kernel, settings = backend.block_sparse_kernel, backend.SETTINGS[head_dim, key_block]
+    x = torch.zeros(1, 1, 256, head_dim, dtype=getattr(torch, dtype))
+    ints, floats = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
+    values = dict(
+        q=backend._describe(x, 64), k=backend._describe(x, key_block),
+        v=backend._describe(x, key_block), out=x, counts=ints, indices=ints, scale_log2=0.1,
+        lse=floats if everything else None, key_lengths=ints if everything else None,
+        output_order=ints if everything else None,
+    )
+    constants = dict(
+        D=head_dim, ROWS=64, KEYS=key_block, STAGES=settings.num_stages, EARLY=settings.early,
+        HAS_LENGTHS=everything, ORDERED=everything, WITH_LSE=everything,
+    )
+    constants |= {name: None for name, value in values.items() if value is None}
+    types, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in values:
+            types[name] = native_specialize_impl(CUDABackend, values[name], False, True, True)[0]
+        else:
+            types[name] = "i32"
+        if types[name].startswith("*") or name.startswith("stride"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource(
+        kernel,
+        types,
+        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        attributes,
+    )
+    options = dict(num_warps=4, maxnreg=168, enable_fp_fusion=True)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = built.asm["ptx"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        log = subprocess.run(
+            [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull],
+            capture_output=True, text=True, check=True,
+        ).stderr
+    return dict(
+        registers=int(re.search(r"Used (\d+) registers", log)[1]),
+        spilled=int(re.search(r"(\d+) bytes spill stores", log)[1]),
+        shared=built.metadata.shared,
+        budgets=sorted({int(n) for n in re.findall(r"setmaxnreg\.\S+\s+(\d+)", ptx)}),
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps([compile_for_hopper(*build) for build in BUILDS]))

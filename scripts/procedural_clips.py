@@ -149,6 +149,7 @@ class Shape:
 class Scene:
     shapes: list[Shape]
     colour: str
+    backdrop: Motion
     caption: str
     numbers: list[float]  # pan x and y, zoom, light x and y
 
@@ -227,7 +228,7 @@ def sample_scene(rng: random.Random, world: World) -> Scene:
     light, pace = rng.uniform(0, 2 * math.pi), rng.uniform(0.8, 1.2)
     numbers = [backdrop.travel[0] * pace, backdrop.travel[1] * pace, backdrop.growth * pace]
     return Scene(
-        shapes, background, caption, [*numbers, math.cos(light), math.sin(light)]
+        shapes, background, backdrop, caption, [*numbers, math.cos(light), math.sin(light)]
     )
 
 
@@ -323,9 +324,13 @@ class ClipSource:
         self.rng, self.world = random.Random(seed), world
         self.generator = torch.Generator(device).manual_seed(seed)
 
+    def scenes(self, count):
+        """Scenes to caption or to draw."""
+        return [sample_scene(self.rng, self.world) for _ in range(count)]
+
     def draw(self, batch, frames, height, width):
         """Captions and clips `[batch, 3, frames, height, width]`, a stretch of whole clips."""
-        scenes = [sample_scene(self.rng, self.world) for _ in range(batch)]
+        scenes = self.scenes(batch)
         start = self.rng.randint(0, FRAMES - frames)
         times = [(start + frame) / (FRAMES - 1) for frame in range(frames)]
         captions = [scene.caption for scene in scenes]

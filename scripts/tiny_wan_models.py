@@ -33,7 +33,7 @@ def build_text_encoder(vocabulary_size):
             d_model=128,
             d_kv=32,
             d_ff=256,
-            num_layers=2,
+            num_layers=4,
             num_heads=4,
             dropout_rate=0.0,
             pad_token_id=0,
@@ -67,14 +67,17 @@ def build_transformer(channels):
     return transformer
 
 
-def embed_prompts(tokenizer, text_encoder, prompts):
-    """What WanPipeline makes of prompts: `[len(prompts), 512, 128]`, zero after the last token."""
+def encode_tokens(tokenizer, text_encoder, prompts):
+    """Hidden states `[len(prompts), tokens, 128]` and the mask of real tokens."""
     tokens = tokenizer(
         prompts, padding=True, truncation=True, max_length=PROMPT_TOKENS, return_tensors="pt"
-    )
-    ids, mask = (
-        tokens.input_ids.to(text_encoder.device),
-        tokens.attention_mask.to(text_encoder.device),
-    )
-    hidden = text_encoder(ids, mask).last_hidden_state * mask.unsqueeze(-1)
+    ).to(text_encoder.device)
+    ids, mask = tokens.input_ids, tokens.attention_mask
+    return text_encoder(ids, mask).last_hidden_state, mask
+
+
+def embed_prompts(tokenizer, text_encoder, prompts):
+    """What WanPipeline makes of prompts: `[len(prompts), 512, 128]`, zero after the last token."""
+    hidden, mask = encode_tokens(tokenizer, text_encoder, prompts)
+    hidden = hidden * mask.unsqueeze(-1)
     return F.pad(hidden, (0, 0, 0, PROMPT_TOKENS - hidden.shape[1]))

@@ -1,6 +1,14 @@
 """What sparse attention keeps and loses: recall, its estimate, its lower bound."""
 
-from .measure import MEASURES, MapView, Measures, map_density, measure_recall, view_map
+from .measure import (
+    MEASURES,
+    MapView,
+    Measures,
+    frame_starts,
+    map_density,
+    measure_recall,
+    view_map,
+)
 from .recall import (
     BlockLogits,
     block_logits,
@@ -21,6 +29,7 @@ __all__ = [
     "block_logits",
     "estimated_recall",
     "exact_recall",
+    "frame_starts",
     "key_radius",
     "map_density",
     "measure_recall",

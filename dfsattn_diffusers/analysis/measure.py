@@ -11,13 +11,7 @@ from torch import Tensor
 from ..kernels import BlockMap
 from ..layout import TokenLayout
 from ..score import pool_tiles, score_blocks
-from .recall import (
-    block_logits,
-    estimated_recall,
-    exact_recall,
-    key_radius,
-    recall_bound,
-)
+from .recall import block_logits, estimated_recall, exact_recall, key_radius, recall_bound
 
 MEASURES = ("recall", "estimate", "bound", "bound_convex", "bound_cheap")
 
@@ -123,7 +117,12 @@ def view_map(
     """The block map of one head beside the scores of its current queries and keys.
 
     Args as in `measure_recall`. Waits for the device.
+
+    Raises:
+        ValueError: There is no such head.
     """
+    if not 0 <= head < query.shape[2]:
+        raise ValueError(f"head must be from 0 to {query.shape[2] - 1}, got {head}")
     query, key = query[:, :, head : head + 1], key[:, :, head : head + 1]
     blocks = range(layout.video_slots // layout.query_block)
     scale = query.shape[-1] ** -0.5

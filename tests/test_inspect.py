@@ -16,6 +16,11 @@ from dfsattn_diffusers.analysis import MEASURES, average, record_attention, to_r
 from dfsattn_diffusers.cli import inspect, pictures
 
 SPARSE = DFSAttnConfig(keep_ratios=(0.5, 0.4, 0.3), tile_size=8, query_block=32, key_block=32)
+ON_CUDA = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
+)
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_CUDA)]
 
 
 class OpCounter(TorchDispatchMode):
@@ -27,9 +32,14 @@ class OpCounter(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_recording_changes_nothing(family):
-    pipe = FAMILIES[family]()
-    with enable_dfsattn(pipe, SPARSE) as handle:
+@pytest.mark.parametrize("device", DEVICES)
+def test_recording_changes_nothing(device, family):
+    if device == "cpu":
+        pipe, config = FAMILIES[family](), SPARSE
+    else:
+        pipe = FAMILIES[family](head_dim=64).to(device, torch.bfloat16)
+        config = SPARSE.replace(query_block=64, key_block=64)
+    with enable_dfsattn(pipe, config) as handle:
         plain = run(pipe)
         random_state = torch.get_rng_state()
         with record_attention(handle, queries=2) as records:
@@ -112,6 +122,9 @@ def test_wrong_use_is_refused():
     with enable_dfsattn(tiny_wan(), SPARSE) as handle:
         twice = pytest.raises(RuntimeError, match="recorded already; end that recording first")
         with record_attention(handle), twice, record_attention(handle):
+            pass
+        none = pytest.raises(ValueError, match="what enable_dfsattn returned, got NoneType; a bare")
+        with none, record_attention(None):
             pass
         few = pytest.raises(ValueError, match="queries must be at least 1, got 0")
         with few, record_attention(handle, queries=0):

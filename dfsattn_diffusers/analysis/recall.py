@@ -72,11 +72,16 @@ def key_radius(k: Tensor, key_lengths: Tensor) -> Tensor:
         `[B, H, nK]` float32 or wider; 0 for an empty block.
     """
     size = _block_size(k, key_lengths)
-    padding = _padding(key_lengths, size)[:, None, :, :, None]
-    blocks = k.to(torch.promote_types(k.dtype, torch.float32)).unflatten(2, (-1, size))
-    blocks = blocks.masked_fill(padding, 0)
-    mean = blocks.sum(3, keepdim=True) / key_lengths.clamp(min=1)[:, None, :, None, None]
-    return (blocks - mean).masked_fill_(padding, 0).norm(dim=-1).amax(-1)
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    block_bytes = k[:, :, :size].numel() * dtype.itemsize
+    step = max(1, _CHUNK_BYTES // block_bytes)
+    parts = []
+    for lengths, keys in zip(key_lengths.split(step, 1), k.split(step * size, 2)):
+        padding = _padding(lengths, size)[:, None, :, :, None]
+        blocks = keys.to(dtype).unflatten(2, (-1, size)).masked_fill(padding, 0)
+        mean = blocks.sum(3, keepdim=True) / lengths.clamp(min=1)[:, None, :, None, None]
+        parts.append((blocks - mean).masked_fill_(padding, 0).norm(dim=-1).amax(-1))
+    return torch.cat(parts, -1)
 
 
 def exact_recall(log_mass: Tensor, kept: Tensor) -> Tensor:

@@ -91,11 +91,16 @@ def record_attention(
 
     Raises:
         RuntimeError: The handle is recorded already.
-        ValueError: `queries` is not positive.
+        ValueError: `handle` is none, or `queries` is not positive.
     """
+    if not isinstance(getattr(handle, "state", None), DFSAttnState):
+        raise ValueError(
+            f"handle must be what enable_dfsattn returned, got {type(handle).__name__}; a bare "
+            "DFSAttnProcessor has its handle after its first call."
+        )
     if queries < 1:
         raise ValueError(f"queries must be at least 1, got {queries}.")
-    state: DFSAttnState = handle.state
+    state = handle.state
     if state.observer is not None:
         raise RuntimeError("These attention calls are recorded already; end that recording first.")
     generator = torch.Generator("cpu").manual_seed(seed)

@@ -164,15 +164,22 @@ def test_slices_do_not_matter(monkeypatch):
         torch.testing.assert_close(value, whole[name], atol=1e-12, rtol=0)
 
 
-def test_finer_pieces_have_the_same_recall():
-    """Statistics may be of parts of blocks: recall stays, the bounds hold."""
-    q, k, lengths, kept = random_call(SHAPES[2], 3.0)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_finer_pieces_have_the_same_recall(shape):
+    """Statistics of parts of blocks bound the same recall, and join to those of blocks."""
+    q, k, lengths, kept = random_call(shape, 3.0)
     whole = all_values(q, k, lengths, kept, scale=0.3)
     halves = torch.stack([lengths.clamp(max=4), lengths.sub(4).clamp(min=0)], -1).flatten(1)
     finer = all_values(q, k, halves, kept.repeat_interleave(2, -1), scale=0.3)
     torch.testing.assert_close(finer["recall"], whole["recall"], atol=ROUNDING, rtol=0)
     assert (finer["convex"] <= whole["recall"] + ROUNDING).all()
     assert (finer["cheap"] <= finer["bound"] + ROUNDING).all()
+
+    joined = block_logits(q, k, halves, scale=0.3).joined(halves, 2)
+    wanted = block_logits(q, k, lengths, scale=0.3)
+    for name in ("log_mass", "mean", "low", "high", "deviation"):
+        got = getattr(joined, name)
+        torch.testing.assert_close(got, getattr(wanted, name), atol=1e-12, rtol=0)
 
 
 def test_bad_sizes():
@@ -265,6 +272,7 @@ def test_real_queries_and_keys(family):
         assert (measures.bound_cheap <= measures.bound + 1e-5).all()
         assert (measures.bound <= measures.bound_convex + 1e-5).all()
         assert (measures.bound_convex <= measures.recall + 1e-5).all()
+        assert (measures.bound_tiles <= measures.recall + 1e-5).all()
         assert (measures.recall <= 1).all() and (measures.bound_cheap >= 0).all()
         assert measures.estimate.isfinite().all()
 

@@ -13,7 +13,7 @@ from ..layout import TokenLayout
 from ..score import pool_tiles, score_blocks
 from .recall import block_logits, estimated_recall, exact_recall, key_radius, recall_bound
 
-MEASURES = ("recall", "estimate", "bound", "bound_convex", "bound_cheap")
+MEASURES = ("recall", "estimate", "bound", "bound_convex", "bound_tiles", "bound_cheap")
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Measures:
         estimate: The same share by the block scores, of the same queries and keys.
         bound: Below recall: `recall_bound` with each row's largest deviation.
         bound_convex: Below recall: the same, with the mean put to use.
+        bound_tiles: Below recall: the convex one over tiles in place of key blocks.
         bound_cheap: Below recall: `recall_bound` with the deviation from `key_radius`.
     """
 
@@ -32,6 +33,7 @@ class Measures:
     estimate: Tensor
     bound: Tensor
     bound_convex: Tensor
+    bound_tiles: Tensor
     bound_cheap: Tensor
 
 
@@ -74,24 +76,30 @@ def measure_recall(
     """
     scale, size = query.shape[-1] ** -0.5, layout.query_block
     k, key_lengths = layout.to_curve(key), layout.lengths(layout.key_block, text_lengths)
+    tile_lengths = layout.lengths(layout.tile_size, text_lengths)
+    tiles_per_block = layout.key_block // layout.tile_size
     kept = block_map.to_mask()
     scores = _scores(query, k, layout, query_blocks, text_lengths, scale)
-    radius, lengths = key_radius(k, key_lengths), key_lengths[:, None, None]
+    radius = key_radius(k, key_lengths)[:, :, None]
     per_block = []
     for i, block in enumerate(query_blocks):
         end = min(layout.geometry.video_tokens, (block + 1) * size)
         q = _rows(query, layout.source[block * size : end])
-        logits = block_logits(q, k, key_lengths, scale=scale)
         mask = kept[:, :, block : block + 1]
-        reach = scale * q.to(radius.dtype).norm(dim=-1)[..., None] * radius[:, :, None]
-        bound = (
-            recall_bound(logits.mean, logits.deviation, lengths, mask),
-            recall_bound(logits.mean, logits.deviation, lengths, mask, convex=True),
-            recall_bound(logits.mean, reach, lengths, mask),
+        tiles = block_logits(q, k, tile_lengths, scale=scale)
+        blocks = tiles.joined(tile_lengths, tiles_per_block)
+        reach = scale * q.to(radius.dtype).norm(dim=-1)[..., None] * radius
+        in_blocks = key_lengths[:, None, None], mask
+        in_tiles = tile_lengths[:, None, None], mask.repeat_interleave(tiles_per_block, -1)
+        recall, *bounds = (
+            exact_recall(blocks.log_mass, mask),
+            recall_bound(blocks.mean, blocks.deviation, *in_blocks),
+            recall_bound(blocks.mean, blocks.deviation, *in_blocks, convex=True),
+            recall_bound(tiles.mean, tiles.deviation, *in_tiles, convex=True),
+            recall_bound(blocks.mean, reach, *in_blocks),
         )
-        rows = exact_recall(logits.log_mass, mask), *bound
-        recall, *bounds = (x.mean(-1) for x in rows)
-        per_block.append((recall, estimated_recall(scores[:, :, i], kept[:, :, block]), *bounds))
+        estimate = estimated_recall(scores[:, :, i], kept[:, :, block])
+        per_block.append((recall.mean(-1), estimate, *(bound.mean(-1) for bound in bounds)))
     return Measures(*(torch.stack(blocks, -1) for blocks in zip(*per_block)))
 
 

@@ -17,17 +17,34 @@ _CHUNK_BYTES = 64 * 2**20
 class BlockLogits:
     """The logits of query rows against all keys, as statistics of each key block.
 
-    An empty block has a log mass of -inf, a mean of 0 and a deviation of 0.
+    An empty block has a log mass of -inf; the rest is 0.
 
     Attributes:
         log_mass: `[B, H, R, nK]` log of the sum of `exp(logit)`.
         mean: `[B, H, R, nK]` mean logit.
-        deviation: `[B, H, R, nK]` largest distance of a logit from the mean.
+        low, high: `[B, H, R, nK]` lowest and highest logit.
     """
 
     log_mass: Tensor
     mean: Tensor
-    deviation: Tensor
+    low: Tensor
+    high: Tensor
+
+    @property
+    def deviation(self) -> Tensor:
+        """`[B, H, R, nK]` largest distance of a logit from the mean."""
+        return torch.maximum(self.high - self.mean, self.mean - self.low)
+
+    def joined(self, key_lengths: Tensor, count: int) -> BlockLogits:
+        """The same for blocks of `count` pieces, of which `key_lengths` are `[B or 1, nK]`."""
+        lengths = key_lengths[:, None, None].unflatten(-1, (-1, count))
+        log_mass, mean, low, high = (
+            x.unflatten(-1, (-1, count)) for x in (self.log_mass, self.mean, self.low, self.high)
+        )
+        mean = (mean * lengths).sum(-1) / lengths.sum(-1).clamp(min=1)
+        # In place of an empty piece the mean, which is never beyond the others.
+        low, high = (torch.where(lengths > 0, x, mean[..., None]) for x in (low, high))
+        return BlockLogits(log_mass.logsumexp(-1), mean, low.amin(-1), high.amax(-1))
 
 
 def block_logits(q: Tensor, k: Tensor, key_lengths: Tensor, *, scale: float) -> BlockLogits:
@@ -53,8 +70,8 @@ def block_logits(q: Tensor, k: Tensor, key_lengths: Tensor, *, scale: float) -> 
         logits = (q @ keys.to(dtype).transpose(2, 3)).unflatten(3, (-1, size))
         padding = _padding(lengths, size)[:, None, None]
         mean = logits.masked_fill(padding, 0).sum(-1) / lengths.clamp(min=1)[:, None, None]
-        apart = (logits - mean[..., None]).abs_().masked_fill_(padding, 0).amax(-1)
-        parts.append((logits.masked_fill_(padding, -math.inf).logsumexp(-1), mean, apart))
+        low, high = torch.where(padding, mean[..., None], logits).aminmax(dim=-1)
+        parts.append((logits.masked_fill_(padding, -math.inf).logsumexp(-1), mean, low, high))
     return BlockLogits(*(torch.cat(part, -1) for part in zip(*parts)))
 
 

@@ -149,7 +149,7 @@ def to_rows(records: Sequence[AttentionRecord]) -> list[dict[str, Any]]:
 def average(rows: Sequence[dict[str, Any]], name: str, by: Sequence[str]) -> dict[tuple, float]:
     """Mean of one column over all rows that agree in the columns `by`.
 
-        average(rows, "recall", by=("layer", "step"))
+    average(rows, "recall", by=("layer", "step"))
     """
     groups: dict[tuple, list[float]] = {}
     for row in rows:

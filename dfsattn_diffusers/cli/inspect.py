@@ -25,7 +25,7 @@ from dfsattn_diffusers.cli.pictures import block_map, heat_map
 from dfsattn_diffusers.cli.video import write_image
 from dfsattn_diffusers.configs.presets import DEFAULT_PRESET
 
-_COLUMNS = ("density", "recall", "estimate", "error", "bound", "bound_convex")
+_COLUMNS = ("density", "recall", "estimate", "error", "bound", "bound_convex", "bound_tiles")
 _LAYER = ("model", "layer")
 
 
@@ -64,9 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     pipe = DiffusionPipeline.from_pretrained(args.model, dtype=dtype).to(args.device)
     with enable_dfsattn(pipe, args.preset) as handle:
         views = [(args.layer, args.head)]
-        with record_attention(
-            handle, queries=args.queries, seed=args.seed, views=views
-        ) as records:
+        with record_attention(handle, queries=args.queries, seed=args.seed, views=views) as records:
             pipe(
                 args.prompt,
                 height=args.height,

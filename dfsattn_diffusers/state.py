@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +79,8 @@ class DFSAttnState:
         self.forward: Forward | None = None
         # Device, dtype and head dim of calls that the backend is known to serve.
         self.served: set[tuple] = set()
+        # Told layer, query, key and map of every sparse call; see `analysis.record_attention`.
+        self.observer: Callable[[int, Tensor, Tensor, BlockMap], None] | None = None
         self._runs: deque[RunRecord] = deque(maxlen=_REMEMBERED_RUNS)
         self._maps: dict[tuple[str, int, str], _CachedMap] = {}
         self._layouts: dict[tuple[TokenGeometry, torch.device], TokenLayout] = {}

@@ -74,12 +74,13 @@ class LayerProcessor:
         if text_lengths is not None:
             text_lengths = text_lengths.to(query.device)
         reuse = decision.mode == "reuse"
+        block_map = state.block_map(self.layer, batch) if reuse else None
         out, selected = sparse_attention(
             query,
             key,
             value,
             state.layout(query.device),
-            state.block_map(self.layer, batch) if reuse else None,
+            block_map,
             keep_ratio=decision.keep_ratio,
             budget=state.config.budget,
             selection=state.config.selection,
@@ -90,6 +91,9 @@ class LayerProcessor:
         )
         if selected is not None:
             state.store(self.layer, batch, decision.segment, selected)
+            block_map = selected.block_map
+        if state.observer is not None:
+            state.observer(self.layer, query, key, block_map)
         return out
 
     def _check_tokens(self, tokens: int) -> None:

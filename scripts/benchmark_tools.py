@@ -4,6 +4,7 @@ import json
 import platform
 import statistics
 import time
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -32,6 +33,60 @@ def about(**more):
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **more,
     )
+
+
+class OutOfTime(Exception):
+    """There is no time left to begin another measurement."""
+
+
+class Record:
+    """Samples of one subject in a file of several, written one by one; a later call adds to them.
+
+    Samples of another GPU or release of torch or triton are dropped, not mixed with new ones.
+
+    Args:
+        path: JSON file.
+        name: Of the subject.
+        deadline: On the clock of `time.monotonic`.
+        iterations: Samples wanted of each kind.
+    """
+
+    def __init__(self, path, name, deadline, iterations):
+        self._path, self._name = Path(path), name
+        self._deadline, self._iterations = deadline, iterations
+        here, old = about(), self._read().get(name, {})
+        same = all(old.get(key) == here[key] for key in ("gpu", "torch", "triton"))
+        self.data = old if same else here | {"ms": {}, "peak_gib": {}}
+
+    def lacks(self, key):
+        return len(self.data["ms"].get(key, ())) < self._iterations
+
+    def check_time(self):
+        if time.monotonic() > self._deadline:
+            raise OutOfTime
+
+    def time(self, key, function):
+        """Add one sample."""
+        self.check_time()
+        self.data["ms"].setdefault(key, []).append(milliseconds(function, 1, warmup=0))
+        self.save()
+
+    @contextmanager
+    def peak_memory(self, key):
+        """Note the most GPU memory that was in use, in GiB, if all goes well."""
+        if not torch.cuda.is_available():
+            yield
+            return
+        torch.cuda.reset_peak_memory_stats()
+        yield
+        self.save(peak_gib=self.data["peak_gib"] | {key: torch.cuda.max_memory_allocated() / 2**30})
+
+    def save(self, **more):
+        self.data |= more
+        write_json(self._path, self._read() | {self._name: self.data})
+
+    def _read(self):
+        return json.loads(self._path.read_text()) if self._path.exists() else {}
 
 
 def write_json(path, data):

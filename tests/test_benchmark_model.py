@@ -1,0 +1,125 @@
+"""The benchmark of whole transformers: real sizes on no device, the whole script on tiny ones."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfsattn_diffusers import enable_dfsattn
+from dfsattn_diffusers.configs import resolve_config
+from dfsattn_diffusers.processors import adapter_for
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+STEPS = 8
+# Billions of weights as published, video tokens.
+PUBLISHED = {
+    "hunyuan-720p": (12.8, 33 * 45 * 80),
+    "hunyuan-480p": (12.8, 33 * 30 * 45),
+    "wan-720p": (14.3, 21 * 45 * 80),
+    "wan-480p": (14.3, 21 * 30 * 52),
+    "cogvideox-5b": (5.57, 13 * 30 * 45),
+    "cogvideox-1.5": (5.57, 11 * 48 * 85),
+}
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module
+
+
+@pytest.fixture(params=["hunyuan-720p", "wan-480p", "cogvideox-5b", "cogvideox-1.5"])
+def tiny(request, load):
+    models = load("video_models")
+    torch.manual_seed(0)
+    return models.Denoising(models.TINY[request.param], "cpu", torch.float32, STEPS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_models_have_their_published_size(name, load):
+    models = load("video_models")
+    assert set(models.MODELS) == set(PUBLISHED)
+    run = models.Denoising(models.MODELS[name], "meta", torch.bfloat16)
+    weights, tokens = PUBLISHED[name]
+    counted = sum(parameter.numel() for parameter in run.transformer.parameters())
+    assert math.isclose(counted / 1e9, weights, rel_tol=0.01)
+
+    seen, shapes = [], []
+
+    def note(transformer, args, inputs):
+        geometry, _ = adapter_for(transformer).tokens(transformer, inputs)
+        seen.append(geometry.video_tokens)
+        shapes.append(inputs["hidden_states"].shape)
+
+    run.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    outputs = run.step(0)
+    assert [out.shape for out in outputs] == shapes
+    assert seen == [tokens] * len(run.family.branches)
+
+
+def test_the_plan_is_what_a_whole_run_does(tiny, load):
+    benchmark = load("benchmark_model")
+    config = resolve_config("paper", **benchmark.TINY_CHANGES)
+    kinds = [kind.split()[0] for kind in benchmark.plan(config, STEPS)]
+    with enable_dfsattn(tiny, config) as handle:
+        processors = tiny.transformer.attn_processors.values()
+        layers = sum(getattr(processor, "is_dfsattn", False) for processor in processors)
+        assert tiny.whole_run().isfinite().all()
+    report = handle.report().runs[-1]
+    calls = layers * len(tiny.family.branches)
+    assert report.steps == STEPS
+    assert report.calls == {mode: kinds.count(mode) * calls for mode in report.calls}
+
+
+def test_trimming_changes_time_only(tiny):
+    stock = dict(tiny.transformer.attn_processors)
+    wanted = tiny.step(0)
+    with tiny.trimmed():
+        got = tiny.step(0)
+    torch.testing.assert_close(got, wanted)
+    assert tiny.transformer.attn_processors == stock
+
+
+def test_what_is_wrong_is_not_timed(tiny, load):
+    benchmark = load("benchmark_model")
+    result = benchmark.gate(tiny, benchmark.TINY_CHANGES)
+    assert result["ours"] < 1e-5
+    with pytest.raises(SystemExit, match="not timed"):
+        benchmark.gate(tiny, benchmark.TINY_CHANGES | {"keep_ratios": (0.3,)})
+
+
+def test_the_whole_script_goes_on_where_time_was_up(load, tmp_path, capsys):
+    benchmark = load("benchmark_model")
+    output = tmp_path / "new" / "model.json"
+    arguments = ["--tiny", "--models=wan-480p", f"--steps={STEPS}", f"--output={output}"]
+    arguments += ["--presets", "paper", "fast", "--iters=1"]
+    benchmark.main([*arguments, "--seconds=-1"])
+    assert "run again" in capsys.readouterr().err and not output.exists()
+
+    benchmark.main(arguments)
+    first = json.loads(output.read_text())["wan-480p"]
+    assert {"dense", "ours dense", "paper refresh 0.3", "fast reuse 0.1"} <= set(first["ms"])
+    assert all(len(samples) == 1 for samples in first["ms"].values())
+
+    benchmark.main([*arguments, "--whole-run"])
+    second = json.loads(output.read_text())["wan-480p"]
+    assert second["ms"] == first["ms"]
+    assert set(second["whole_run_s"]) == {"dense", "paper", "fast"}
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| wan")]
+    assert len(table) == 2 + 4
+
+    # Two dense steps, then refresh and reuse at each ratio.
+    ms = {key: samples[0] for key, samples in first["ms"].items()}
+    ours = 2 * ms["ours dense"] + sum(v for key, v in ms.items() if key.startswith("paper"))
+    wanted = {"dense": STEPS * ms["dense"] / 1000, "ours": ours / 1000}
+    assert second["composed_s"]["paper"] == pytest.approx(wanted)
+
+
+def test_profile_shows_kernels(load, tmp_path, capsys):
+    benchmark = load("benchmark_model")
+    arguments = ["--tiny", "--models=cogvideox-5b", f"--steps={STEPS}", "--profile"]
+    benchmark.main([*arguments, f"--output={tmp_path / 'model.json'}"])
+    assert "aten::" in capsys.readouterr().out

@@ -5,6 +5,7 @@ of the transformer in one denoising step; what is not right is not timed. Every 
 soon as it is there: run again to go on where time was up. See `dfsattn_diffusers.schedule`.
 """
 
+import gc
 import statistics
 import sys
 import time
@@ -34,6 +35,8 @@ TINY_CHANGES = dict(min_tokens=0, tile_size=8, query_block=32, key_block=32)
 def baseline(run, name):
     """Context of a dense baseline."""
     backend, trimmed = BASELINES[name]
+    # Or the recompilations for all baselines would add up to dynamo's limit.
+    torch.compiler.reset()
     stack = ExitStack()
     stack.enter_context(attention_backend(backend))
     if trimmed:
@@ -56,8 +59,10 @@ def gate(run, changes):
     gpu = torch.cuda.is_available()
     videos = []
     for backend in ("_native_cudnn", "_native_flash") if gpu else ("native", "_native_math"):
+        torch.compiler.reset()
         with attention_backend(backend), run.trimmed():
             videos.append([x.float().cpu() for x in run.step(0)])
+    torch.compiler.reset()
     with enable_dfsattn(run, dict(dense_fraction=0, keep_ratios=(1.0,)), **changes) as handle:
         ours = [x.float().cpu() for x in run.step(0)]
         calls = handle.state.report().runs[-1].calls
@@ -99,6 +104,7 @@ def sample(run, preset, config, steps, record):
     keys = {kind: f"ours {kind}" if kind == "dense" else f"{preset} {kind}" for kind in first}
     if not any(map(record.lacks, keys.values())):
         return
+    torch.compiler.reset()
     with enable_dfsattn(run, config), record.peak_memory(preset):
         for step in [step for kind, step in first.items() if kind != "dense"][:2]:
             record.check_time()
@@ -160,7 +166,7 @@ def profile(run, config, steps):
     print(profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=80))
 
 
-def benchmark(name, models, args):
+def benchmark(model, name, args):
     """Measure one model, as far as time allows, and print what is complete."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     changes = TINY_CHANGES if args.tiny else {}
@@ -169,7 +175,9 @@ def benchmark(name, models, args):
     record.check_time()
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    run = Denoising(models[name], device, dtype, args.steps)
+    run = Denoising(model, device, dtype, args.steps)
+    if args.compile:
+        run.compile_blocks(args.compile)
     record.save(source=run.model.source, size=run.model.size, steps=args.steps)
     if "gate" not in record.data:
         record.save(gate=gate(run, changes))
@@ -205,6 +213,8 @@ def main(argv=None):
     add("--iters", type=int, default=3, help="samples of each kind of step")
     add("--seconds", type=float, default=540, help="begin nothing new after so long")
     add("--whole-run", action="store_true", help="also really run all steps")
+    add("--compile", nargs="?", const="inductor", metavar="BACKEND",
+        help="torch.compile the blocks, dense and sparse, each as one graph")
     add("--profile", action="store_true", help="instead, show the kernels of one reuse step")
     add("--tiny", action="store_true", help="the same on models of no size, also without a GPU")
     add("--output", type=Path, default=Path("benchmarks/model.json"), help="JSON, added to")
@@ -217,7 +227,10 @@ def main(argv=None):
     try:
         for name in args.models:
             if name in models:
-                benchmark(name, models, args)
+                title = f"{name}, compiled" if args.compile else name
+                benchmark(models[name], title, args)
+                gc.collect()
+                torch.cuda.empty_cache()
     except OutOfTime:
         print(f"{args.seconds:g} s are over; run again to go on", file=sys.stderr)
 

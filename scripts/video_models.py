@@ -130,6 +130,13 @@ class Denoising:
         self.latents = self._randn(self._latent_shape())
         self._inputs = {name: self._make_inputs() for name in self.family.branches}
 
+    def compile_blocks(self, backend):
+        """Regional compilation, without graph breaks."""
+        names = "blocks", "transformer_blocks", "single_transformer_blocks"
+        for blocks in (getattr(self.transformer, name, ()) for name in names):
+            for block in blocks:
+                block.compile(fullgraph=True, backend=backend)
+
     def step(self, index):
         """Outputs of the transformer's calls in step number `index`, as the pipeline makes them."""
         self._current_timestep = timestep = self.scheduler.timesteps[index]

@@ -118,6 +118,15 @@ def test_the_whole_script_goes_on_where_time_was_up(load, tmp_path, capsys):
     assert second["composed_s"]["paper"] == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize("model", ["hunyuan-720p", "wan-480p", "cogvideox-5b"])
+def test_compiled_blocks(model, load, tmp_path):
+    output = tmp_path / "model.json"
+    arguments = ["--tiny", f"--models={model}", f"--steps={STEPS}", "--iters=1", "--compile=eager"]
+    load("benchmark_model").main([*arguments, f"--output={output}"])
+    record = json.loads(output.read_text())[f"{model}, compiled"]
+    assert record["gate"]["ours"] < 1e-5 and "ours" in record["composed_s"]["paper"]
+
+
 def test_profile_shows_kernels(load, tmp_path, capsys):
     benchmark = load("benchmark_model")
     arguments = ["--tiny", "--models=cogvideox-5b", f"--steps={STEPS}", "--profile"]

@@ -118,6 +118,22 @@ def test_the_whole_script_goes_on_where_time_was_up(load, tmp_path, capsys):
     assert second["composed_s"]["paper"] == pytest.approx(wanted)
 
 
+def test_the_documents_table_comes_from_the_data(load, tmp_path, monkeypatch):
+    docs = load("update_docs")
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    assert docs.models() == "Not measured yet."
+    record = dict(gpu="G", torch="2", triton="3", size=[129, 720, 1280], steps=50)
+    seconds = {"dense, as shipped": 900.0, "dense": 600.0, "dense, cuDNN": 500.0, "ours": 250.0}
+    data = {"hunyuan-720p": record | {"composed_s": {"paper": seconds}}, "begun": record}
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "model.json").write_text(json.dumps(data))
+    about, _, *table = docs.models().splitlines()
+    assert about == "One G, torch 2, triton 3." and len(table) == 3
+    cells = "hunyuan-720p", "129 x 720 x 1280", "50", "`paper`", "250"
+    cells += "900 (x 3.60)", "600 (x 2.40)", "500 (x 2.00)"
+    assert table[2] == f"| {' | '.join(cells)} |"
+
+
 @pytest.mark.parametrize("model", ["hunyuan-720p", "wan-480p", "cogvideox-5b"])
 def test_compiled_blocks(model, load, tmp_path):
     output = tmp_path / "model.json"

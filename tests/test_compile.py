@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from tiny_pipelines import FAMILIES, GRID, run, tiny_wan, transformers
 
-from dfsattn_diffusers import DFSAttnConfig, enable_dfsattn
+from dfsattn_diffusers import DFSAttnConfig, DFSAttnProcessor, enable_dfsattn
 from dfsattn_diffusers.layout import TokenGeometry
 from dfsattn_diffusers.processors import LayerProcessor, base
 from dfsattn_diffusers.processors.opaque import opaque_attend
@@ -139,6 +139,30 @@ def test_pipelines_share_a_graph_and_nothing_else():
     for _ in range(2):
         assert all(torch.equal(run(p, steps=STEPS), w) for p, w in zip(pipes, wanted))
     assert counting.attentions() == [1]
+
+
+def test_bare_on_compiled_blocks(family):
+    pipe = FAMILIES[family]()
+    wanted, kinds = eager_run(pipe)
+    counting = Counting()
+    compile_blocks(pipe, backend=counting)
+    pipe.transformer.set_attn_processor(DFSAttnProcessor(SPARSE))
+    assert torch.equal(run(pipe, steps=STEPS), wanted)
+    # The call during which it binds runs with stock processors.
+    assert sorted(counting.attentions()) == [0] * len(kinds) + [1] * len(kinds)
+
+
+def test_another_size_is_one_more_graph_at_most():
+    pipe = tiny_wan()
+    grids = (5, 9, 11), (3, 6, 7), (4, 5, 8), (2, 12, 10)
+    with enable_dfsattn(pipe, SPARSE):
+        wanted = [run(pipe, steps=STEPS, grid=grid) for grid in grids]
+    enable_dfsattn(pipe, SPARSE)
+    counting = Counting()
+    compile_blocks(pipe, backend=counting)
+    for grid, latents in zip(grids, wanted):
+        assert torch.equal(run(pipe, steps=STEPS, grid=grid), latents)
+    assert counting.attentions() == [1, 1]
 
 
 def test_the_users_attention_backend_counts(monkeypatch):

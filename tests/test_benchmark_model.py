@@ -11,6 +11,7 @@ import torch
 from dfsattn_diffusers import enable_dfsattn
 from dfsattn_diffusers.configs import resolve_config
 from dfsattn_diffusers.processors import adapter_for
+from dfsattn_diffusers.state import DFSAttnState
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 STEPS = 8
@@ -72,6 +73,30 @@ def test_the_plan_is_what_a_whole_run_does(tiny, load):
     calls = layers * len(tiny.family.branches)
     assert report.steps == STEPS
     assert report.calls == {mode: kinds.count(mode) * calls for mode in report.calls}
+
+
+def test_every_sample_is_of_the_kind_it_says(tiny, load, tmp_path, monkeypatch):
+    benchmark, tools = load("benchmark_model"), load("benchmark_tools")
+    decide, time, modes = DFSAttnState.decide, tools.Record.time, []
+
+    def noted(state, *args):
+        decision = decide(state, *args)
+        modes.append(decision.mode)
+        return decision
+
+    def checked(record, key, function):
+        modes.clear()
+        time(record, key, function)
+        kind = key.split()[1] if key.startswith(("ours", "paper")) else None
+        assert set(modes) == ({kind} if kind else set())
+
+    monkeypatch.setattr(DFSAttnState, "decide", noted)
+    monkeypatch.setattr(tools.Record, "time", checked)
+    record = tools.Record(tmp_path / "model.json", "model", math.inf, iterations=2)
+    config = resolve_config("paper", **benchmark.TINY_CHANGES)
+    benchmark.measure(tiny, {"paper": config}, STEPS, record)
+    kinds = {f"paper {kind}" for kind in benchmark.plan(config, STEPS) if kind != "dense"}
+    assert set(record.data["ms"]) == kinds | {"ours dense", *benchmark.baselines_of(tiny)}
 
 
 def test_trimming_changes_time_only(tiny):

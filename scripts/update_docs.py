@@ -61,8 +61,32 @@ def kernels():
     return about + markdown(header, rows)
 
 
+def models():
+    path = ROOT / "benchmarks" / "model.json"
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text())
+    gpus = {f"One {x['gpu']}, torch {x['torch']}, triton {x['triton']}" for x in data.values()}
+    rows = []
+    for name, record in data.items():
+        for preset, seconds in record.get("composed_s", {}).items():
+            ours = seconds["ours"]
+            dense = [
+                f"{seconds[way]:.0f} (x {seconds[way] / ours:.2f})" if way in seconds else ""
+                for way in ("dense, as shipped", "dense", "dense, cuDNN")
+            ]
+            video = " x ".join(map(str, record["size"]))
+            rows.append([name, video, record["steps"], f"`{preset}`", f"{ours:.0f}", *dense])
+    header = ["model", "frames x height x width", "steps", "preset", "DFSAttn, s"]
+    header += ["dense as shipped, s", "dense, s", "dense cuDNN, s"]
+    return "; ".join(sorted(gpus)) + ".\n\n" + markdown(header, rows)
+
+
 # Each document's tables, by the name of the marks around them.
-TABLES = {"README.md": {"presets": presets}, "docs/performance.md": {"kernels": kernels}}
+TABLES = {
+    "README.md": {"presets": presets},
+    "docs/performance.md": {"kernels": kernels, "models": models},
+}
 
 
 def updated(path, text):

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..attention import sparse_attention
 from ..kernels import BlockMap, block_sparse_attention
 from ..state import DFSAttnState
+from .opaque import layer_handle, opaque_attend
 
 
 class LayerProcessor:
@@ -31,8 +32,12 @@ class LayerProcessor:
     def __init__(self, state: DFSAttnState, layer: int):
         self.state = state
         self.layer = layer
+        self.handle = layer_handle(self)
 
-    @torch.compiler.disable
+    def __setstate__(self, values: dict) -> None:
+        # A copy is a layer of its own.
+        self.__dict__.update(values, handle=layer_handle(self))
+
     def attend(
         self,
         query: Tensor,
@@ -53,6 +58,22 @@ class LayerProcessor:
         Returns:
             `[B, N, H, D]`.
         """
+        if torch.compiler.is_compiling():
+            return opaque_attend(
+                self.handle, query, key, value, attention_mask, mask_is_text_padding
+            )
+        return self.attend_now(query, key, value, attention_mask, mask_is_text_padding)
+
+    @torch.compiler.disable
+    def attend_now(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        mask_is_text_padding: bool,
+    ) -> Tensor:
+        """`attend`, out of a compiler's sight: what it does may change from call to call."""
         state, batch = self.state, query.shape[0]
         decision = state.decide(self.layer, batch)
         self._check_tokens(query.shape[1])

@@ -15,6 +15,7 @@ from .layout import TokenGeometry, TokenLayout
 from .report import MapUse, Report, RunRecord, Stopwatch
 from .schedule import Decision, decide
 from .selection import Selection
+from .text import TextLengths
 
 # Generations that a report goes back.
 _REMEMBERED_RUNS = 8
@@ -43,15 +44,19 @@ class Forward:
         model: Name of the transformer within its pipeline.
         position: Where the call stands in its generation.
         geometry: The tokens as the model lays them out.
-        text_lengths: `[B]` valid text tokens per batch row; None means all.
+        text: Valid text tokens; None means all.
         device: Of the activations.
     """
 
     model: str
     position: Position
     geometry: TokenGeometry
-    text_lengths: Tensor | None
+    text: TextLengths | None
     device: torch.device
+
+    def text_lengths(self, device: torch.device) -> Tensor | None:
+        """`[B]` valid text tokens per batch row on a layer's device; None means all."""
+        return None if self.text is None else self.text.rows.to(device)
 
 
 @dataclass

@@ -237,7 +237,7 @@ def real_calls(pipe):
         state = handle.state
 
         def keep(layer, query, key, block_map):
-            lengths = state.forward.text_lengths
+            lengths = state.forward.text_lengths(state.forward.device)
             calls.append((query, key, state.layout(query.device), block_map, lengths))
 
         state.observer = keep

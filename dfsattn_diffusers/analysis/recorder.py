@@ -112,9 +112,7 @@ def record_attention(
             return
         if steps is not None and forward.position.step not in steps:
             return
-        layout, text_lengths = state.layout(query.device), forward.text_lengths
-        if text_lengths is not None:
-            text_lengths = text_lengths.to(query.device)
+        layout, text_lengths = state.layout(query.device), forward.text_lengths(query.device)
         num_blocks = -(-forward.geometry.video_tokens // layout.query_block)
         drawn = torch.randperm(num_blocks, generator=generator, device="cpu")[:queries]
         query_blocks = tuple(sorted(drawn.tolist()))

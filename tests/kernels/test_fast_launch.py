@@ -33,8 +33,11 @@ def test_fits_the_gpu(arch):
         assert build["wgmma"] == (arch == 90 and build["kernel"] == "score_kernel"), build
 
 
-def compile_for(arch, kernel, constants, num_warps=4, num_stages=3, types=()):
-    """Compile the kernel without a GPU and ask ptxas what it takes."""
+def compile_for(arch, kernel, constants, num_warps=4, num_stages=3, types=(), *, aligned="stride_x"):
+    """Compile the kernel without a GPU and ask ptxas what it takes.
+
+    Arguments whose name starts with `aligned` count as multiples of 16, as they are in practice.
+    """
     import re
     import tempfile
 
@@ -53,7 +56,7 @@ def compile_for(arch, kernel, constants, num_warps=4, num_stages=3, types=()):
         {
             (i,): [["tt.divisibility", 16]]
             for i, (name, kind) in enumerate(signature.items())
-            if kind.startswith("*") or name.startswith("stride_x")
+            if kind.startswith("*") or name.startswith(aligned)
         },
     )
     options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
@@ -76,6 +79,7 @@ def compile_for(arch, kernel, constants, num_warps=4, num_stages=3, types=()):
         spilled=int(re.search(r"(\d+) bytes spill stores", log)[1]),
         shared=built.metadata.shared,
         wgmma="wgmma.mma_async" in ptx,
+        half_loads=len(re.findall(r"ld\.global\S*\.b16", ptx)),
     )
 
 

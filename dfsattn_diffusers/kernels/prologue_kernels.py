@@ -2,9 +2,9 @@
 
 A program takes a run of slots of one of q, k, v, a few tokens at a time, and goes over their heads
 in groups that lie side by side in memory, so that a token's rotary table is read once. A norm over
-all heads goes over them twice: with 4 tokens a program, all that is in flight fits a large GPU's L2,
-so the second time comes from there or from L1. Whole tokens in registers would be read once, but
-heads are seldom a power of two, and the rest would be instructions for nothing.
+all heads goes over them twice: with 4 tokens a program, all that is in flight fits a large GPU's
+L2, so the second time comes from there or from L1. Whole tokens in registers would be read once,
+but heads are seldom a power of two, and the rest would be instructions for nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LaunchSettings:
 
 
 # For all GPUs; not yet measured.
-SETTINGS = LaunchSettings(16, 4, 4096, 4, 3)
+SETTINGS = LaunchSettings(16, 4, 4096, 4, 2)
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -371,9 +371,11 @@ def _shape_of(norm: Norm | None) -> tuple | None:
 
 
 def _parameters(first: Stream, second: Stream | None, name: str) -> list[Tensor | None]:
-    norms = [first.q_norm, first.k_norm, *((second.q_norm, second.k_norm) if second else (None,) * 2)]
+    """Of q and k of the first stream, then of the second."""
+    norms = [first.q_norm, first.k_norm]
+    norms += [second.q_norm, second.k_norm] if second else [None, None]
     values = [getattr(norm, name) if norm else None for norm in norms]
-    return [x.contiguous() if x is not None else None for x in values]
+    return [None if x is None else x.contiguous() for x in values]
 
 
 def _aligned(stream: Stream) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,7 +33,9 @@ def test_fits_the_gpu(arch):
         assert build["wgmma"] == (arch == 90 and build["kernel"] == "score_kernel"), build
 
 
-def compile_for(arch, kernel, constants, num_warps=4, num_stages=3, types=(), *, aligned="stride_x"):
+def compile_for(
+    arch, kernel, constants, num_warps=4, num_stages=3, types=(), *, aligned="stride_x", fuse=True
+):
     """Compile the kernel without a GPU and ask ptxas what it takes.
 
     Arguments whose name starts with `aligned` count as multiples of 16, as they are in practice.
@@ -59,7 +61,7 @@ def compile_for(arch, kernel, constants, num_warps=4, num_stages=3, types=(), *,
             if kind.startswith("*") or name.startswith(aligned)
         },
     )
-    options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+    options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fuse)
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = built.asm["ptx"]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:

@@ -65,7 +65,7 @@ def compile_call(arch, norm, head_dim, heads, two, pool):
             constants[name] = None
     return compile_for(
         arch, prologue_kernel, constants, settings.num_warps, types=types,
-        aligned=("stride_b", "stride_n", "stride_o"),
+        aligned=("stride_b", "stride_n", "stride_o"), fuse=False,
     )  # fmt: skip
 
 

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .kernels import BlockMap, block_sparse_attention, pool_tail
+from .kernels.prologue import Prepared, Rotary, Stream, prepare_qkv
 from .layout import TokenLayout
-from .score import pool_spread, pool_tiles, score_blocks
+from .score import pool_spread, score_blocks
 from .selection import Selection, select_blocks
 
 
+def prepare(
+    streams: Sequence[Stream],
+    layout: TokenLayout,
+    rotary: Rotary | None = None,
+    *,
+    text_lengths: Tensor | None = None,
+    pooled: bool = True,
+) -> Prepared:
+    """Queries, keys and values in curve order, from projections in the model's order.
+
+    Args:
+        streams: One or two, whose rows are the layout's tokens.
+        layout: Where the tokens lie.
+        rotary: Rows to rotate, after the streams' norms.
+        text_lengths: `[B]` valid text tokens per batch row; None means all.
+        pooled: Also pool tiles of queries and keys, which a new selection needs.
+    """
+    tile_lengths = layout.lengths(layout.tile_size, text_lengths) if pooled else None
+    return prepare_qkv(streams, rotary, layout.target, tile_lengths=tile_lengths)
+
+
 def sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    prepared: Prepared,
     layout: TokenLayout,
     block_map: BlockMap | None = None,
     *,
@@ -29,9 +50,9 @@ def sparse_attention(
     """Attention over the key blocks that matter (DFSAttn, Hu et al., arXiv 2605.23445).
 
     Args:
-        query, key, value: `[B, N, H, D]` in the model's order, after QK norm and rotary embedding.
+        prepared: From `prepare`; pooled where `block_map` is None.
         layout: Where the `N` tokens lie.
-        block_map: Blocks to keep; None selects them from `query`, `key` and `value`.
+        block_map: Blocks to keep; None selects them here.
         keep_ratio: Share of video key blocks that a new selection keeps.
         budget: Rows that share the budget of a new selection: "row", "head" or "layer".
         selection: What a new selection keeps: the most "mass", or the largest "error" of the tail.
@@ -41,15 +62,15 @@ def sparse_attention(
         backend: A kernel backend's name, or "auto".
 
     Returns:
-        The output, `[B, N, H, D]`, and the selection if it was made here.
+        The output in the model's order, `[B, N, H, D]`, and the selection if it was made here.
     """
-    scale = query.shape[-1] ** -0.5
+    q, k, v = prepared.q, prepared.k, prepared.v
+    batch, heads, _, head_dim = q.shape
+    scale = head_dim**-0.5
     key_lengths = layout.lengths(layout.key_block, text_lengths)
-    q, k, v = (layout.to_curve(x) for x in (query, key, value))
     selected = None
     if block_map is None:
-        scores = _score(q, k, layout, text_lengths, scale)
-        spread = None
+        scores, spread = _score(prepared, layout, text_lengths, scale), None
         if selection == "error":
             spread = _spread(q, k, v, layout, tail_pool, text_lengths, scale)
         selected = _select(scores, spread, layout, keep_ratio, budget, text_lengths)
@@ -58,14 +79,14 @@ def sparse_attention(
     if tail is not None:
         lengths = layout.lengths(tail_pool, text_lengths)
         pools = pool_tail(k, v, pool=tail_pool, lengths=lengths, moment=tail == "moment")
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    out = q.new_empty(batch, layout.geometry.tokens, heads, head_dim)
     block_sparse_attention(
         q,
         k,
         v,
         block_map,
         scale=scale,
-        key_lengths=key_lengths.expand(q.shape[0], -1),
+        key_lengths=key_lengths.expand(batch, -1),
         full_key_blocks=layout.full_key_blocks,
         tail=pools,
         output_order=layout.target,
@@ -76,18 +97,17 @@ def sparse_attention(
 
 
 def _score(
-    q: Tensor, k: Tensor, layout: TokenLayout, text_lengths: Tensor | None, scale: float
+    prepared: Prepared, layout: TokenLayout, text_lengths: Tensor | None, scale: float
 ) -> Tensor:
-    tile, video = layout.tile_size, layout.video_slots
-    key_lengths = layout.lengths(tile, text_lengths)
-    query_lengths = key_lengths[:, : video // tile]
+    video = layout.video_slots // layout.tile_size
+    key_lengths = layout.lengths(layout.tile_size, text_lengths)
     return score_blocks(
-        pool_tiles(q[:, :, :video], query_lengths),
-        pool_tiles(k, key_lengths),
-        query_lengths,
+        prepared.q_tiles[:, :, :video].contiguous(),
+        prepared.k_tiles,
+        key_lengths[:, :video],
         key_lengths,
-        tiles_per_query_block=layout.query_block // tile,
-        tiles_per_key_block=layout.key_block // tile,
+        tiles_per_query_block=layout.query_block // layout.tile_size,
+        tiles_per_key_block=layout.key_block // layout.tile_size,
         scale=scale,
     )
 

@@ -19,7 +19,8 @@ from dfsattn_diffusers.analysis import (
     recall_bound,
     view_map,
 )
-from dfsattn_diffusers.attention import sparse_attention
+from dfsattn_diffusers.attention import prepare, sparse_attention
+from dfsattn_diffusers.kernels.prologue import Stream
 from dfsattn_diffusers.layout import TokenGeometry, TokenLayout
 
 SPARSE = DFSAttnConfig(keep_ratios=(0.5, 0.4, 0.3), tile_size=8, query_block=32, key_block=32)
@@ -205,8 +206,9 @@ def test_one_call(device, geometry, blocks):
     q, k = torch.randn(2, 2, geometry.tokens, 3, 16, generator=generator).to(device)
     padded = geometry.text_tokens and not geometry.text_first
     text_lengths = torch.tensor([7, 0], device=device) if padded else None
+    prepared = prepare([Stream(2 * q, k, k)], layout, text_lengths=text_lengths)
     _, selection = sparse_attention(
-        2 * q, k, k, layout, keep_ratio=0.4, budget="layer", text_lengths=text_lengths
+        prepared, layout, keep_ratio=0.4, budget="layer", text_lengths=text_lengths
     )
     chosen = range(-(-geometry.video_tokens // blocks[0]))
     call = (2 * q, k, layout, selection.block_map)

@@ -7,8 +7,9 @@ import torch
 from tiny_pipelines import FAMILIES, run
 
 from dfsattn_diffusers import DFSAttnConfig, enable_dfsattn, list_presets
-from dfsattn_diffusers.attention import sparse_attention
+from dfsattn_diffusers.attention import prepare, sparse_attention
 from dfsattn_diffusers.configs import resolve_config
+from dfsattn_diffusers.kernels.prologue import Stream
 from dfsattn_diffusers.layout import TokenGeometry, TokenLayout
 from dfsattn_diffusers.schedule import config_for_cost, decide, nominal_cost
 from dfsattn_diffusers.score import pool_spread
@@ -52,10 +53,9 @@ def test_output_is_kept_keys_and_pools_of_the_rest(tail, text, first):
     )
     q, k, v = torch.randn(3, 2, geometry.tokens, 2, 16, generator=make).double()
     text_lengths = torch.tensor([9, 21]) if text else None
+    prepared = prepare([Stream(q, k, v)], layout, text_lengths=text_lengths)
     out, selected = sparse_attention(
-        q,
-        k,
-        v,
+        prepared,
         layout,
         keep_ratio=0.3,
         budget="layer",
@@ -77,7 +77,7 @@ def test_output_is_kept_keys_and_pools_of_the_rest(tail, text, first):
             torch.testing.assert_close(out[b, token, h], wanted)
     # A later step brings its own keys and values to the same map.
     again, nothing = sparse_attention(
-        q, k, v, layout, selected.block_map, tail=tail, tail_pool=8, text_lengths=text_lengths
+        prepared, layout, selected.block_map, tail=tail, tail_pool=8, text_lengths=text_lengths
     )
     assert nothing is None and torch.equal(again, out)
 
@@ -120,7 +120,12 @@ def test_error_selection_keeps_what_the_tail_gets_most_wrong():
         *(x.transpose(1, 2).double() for x in (q, k, v))
     )
     out, selected = sparse_attention(
-        q, k, v, layout, keep_ratio=0.5, selection="error", tail="mean", tail_pool=32
+        prepare([Stream(q, k, v)], layout),
+        layout,
+        keep_ratio=0.5,
+        selection="error",
+        tail="mean",
+        tail_pool=32,
     )
     assert torch.equal(
         selected.block_map.to_mask()[0, 0], torch.tensor([False, True] * 4).expand(8, 8)

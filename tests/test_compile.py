@@ -10,6 +10,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from tiny_pipelines import FAMILIES, GRID, run, tiny_wan, transformers
 
 from dfsattn_diffusers import DFSAttnConfig, DFSAttnProcessor, enable_dfsattn
+from dfsattn_diffusers.kernels.prologue import Stream
 from dfsattn_diffusers.layout import TokenGeometry
 from dfsattn_diffusers.processors import LayerProcessor, base
 from dfsattn_diffusers.processors.opaque import opaque_attend
@@ -210,7 +211,8 @@ def one_layer():
 
 def test_the_operator_keeps_its_word():
     layer, arguments = one_layer()
-    assert torch.equal(opaque_attend(*arguments), layer.attend(*arguments[1:4]))
+    wanted = layer.attend([Stream(*arguments[1:4])])
+    assert torch.equal(opaque_attend(*arguments), wanted)
     torch.library.opcheck(opaque_attend, arguments)
     if hasattr(torch.Tag, "cudagraph_unsafe"):
         assert torch.Tag.cudagraph_unsafe in torch.ops.dfsattn.attend.default.tags

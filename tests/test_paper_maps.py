@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dfsattn_diffusers.attention import sparse_attention
+from dfsattn_diffusers.attention import prepare, sparse_attention
 from dfsattn_diffusers.curves import visiting_order
+from dfsattn_diffusers.kernels.prologue import Stream
 from dfsattn_diffusers.layout import TokenGeometry, TokenLayout
 
 
@@ -68,8 +69,9 @@ def test_maps_equal_the_papers(grid, text, tile, block, keep_ratio):
     batch, heads, dim = 2, 2, 16
     q, k, v = (3 * torch.randn(batch, geometry.tokens, heads, dim) for _ in range(3))
     valid = torch.tensor([text[0], text[0] // 2])
+    prepared = prepare([Stream(q, k, v)], layout, text_lengths=valid)
     _, selection = sparse_attention(
-        q, k, v, layout, keep_ratio=keep_ratio, text_lengths=valid, backend="reference"
+        prepared, layout, keep_ratio=keep_ratio, text_lengths=valid, backend="reference"
     )
     mask = selection.block_map.to_mask()
 
@@ -106,7 +108,8 @@ def test_density_counts_token_pairs(budget):
         geometry, order="hilbert3d", tile_size=16, query_block=64, key_block=64
     )
     q, k, v = torch.randn(3, 1, geometry.tokens, 3, 16).unbind(0)
-    _, selection = sparse_attention(q, k, v, layout, keep_ratio=0.4, budget=budget)
+    prepared = prepare([Stream(q, k, v)], layout)
+    _, selection = sparse_attention(prepared, layout, keep_ratio=0.4, budget=budget)
     mask = selection.block_map.to_mask()[0].double()
     lengths = layout.lengths(64)[0].double()
     pairs = (mask * lengths[:, None] * lengths).sum() / mask.shape[0]
@@ -125,7 +128,8 @@ def test_shared_budgets_keep_as_much_in_all_and_more_of_the_mass(budget):
     k, v = torch.randn(2, 1, geometry.tokens, 4, 16).unbind(0)
 
     def select(budget):
-        return sparse_attention(q, k, v, layout, keep_ratio=0.2, budget=budget)[1]
+        prepared = prepare([Stream(q, k, v)], layout)
+        return sparse_attention(prepared, layout, keep_ratio=0.2, budget=budget)[1]
 
     row, shared = select("row"), select(budget)
     assert shared.recall > row.recall

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..attention import sparse_attention
+from ..attention import prepare, sparse_attention
 from ..kernels import BlockMap, block_sparse_attention
+from ..kernels.prologue import Rotary, Stream, prepare_qkv, reference
 from ..state import DFSAttnState
 from .opaque import layer_handle, opaque_attend
 
@@ -40,9 +43,8 @@ class LayerProcessor:
 
     def attend(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        streams: Sequence[Stream],
+        rotary: Rotary | None = None,
         attention_mask: Tensor | None = None,
         *,
         mask_is_text_padding: bool = False,
@@ -50,7 +52,8 @@ class LayerProcessor:
         """Attention as the state decides.
 
         Args:
-            query, key, value: `[B, N, H, D]` in the model's order.
+            streams: Projections in the model's order, `N` rows in all, and their QK norms.
+            rotary: Rows to rotate after the norms.
             attention_mask: Passed to dense attention.
             mask_is_text_padding: The mask says no more than the state's text lengths do, so that
                 sparse attention can honour it.
@@ -59,66 +62,66 @@ class LayerProcessor:
             `[B, N, H, D]`.
         """
         if torch.compiler.is_compiling():
-            return opaque_attend(
-                self.handle, query, key, value, attention_mask, mask_is_text_padding
-            )
-        return self.attend_now(query, key, value, attention_mask, mask_is_text_padding)
+            # A compiler fuses norms and rotary embedding by itself.
+            x = reference(streams, rotary, heads_first=False)
+            call = self.handle, x.q, x.k, x.v, attention_mask, mask_is_text_padding
+            return opaque_attend(*call)
+        return self.attend_now(streams, rotary, attention_mask, mask_is_text_padding)
 
     @torch.compiler.disable
     def attend_now(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        streams: Sequence[Stream],
+        rotary: Rotary | None,
         attention_mask: Tensor | None,
         mask_is_text_padding: bool,
     ) -> Tensor:
         """`attend`, out of a compiler's sight: what it does may change from call to call."""
-        state, batch = self.state, query.shape[0]
-        decision = state.decide(self.layer, batch)
-        self._check_tokens(query.shape[1])
-        self._check_backend(query)
+        state, like = self.state, streams[0].q
+        decision = state.decide(self.layer, like.shape[0])
+        self._check_tokens(sum(stream.q.shape[1] for stream in streams))
+        self._check_backend(like)
         reason = decision.reason
         if attention_mask is not None and not mask_is_text_padding:
             reason = reason or "attention mask"
         if reason:
             state.note_dense(reason)
-            return self._attend_dense(query, key, value, attention_mask, mask_is_text_padding)
-        block_map = state.block_map(self.layer, batch) if decision.mode == "reuse" else None
+            return self._attend_dense(streams, rotary, attention_mask, mask_is_text_padding)
+        layout, text = state.layout(like.device), state.forward.text_lengths(like.device)
+        reuse = decision.mode == "reuse"
+        block_map = state.block_map(self.layer, like.shape[0]) if reuse else None
+        prepared = prepare(streams, layout, rotary, text_lengths=text, pooled=not reuse)
+        config = state.config
         out, selected = sparse_attention(
-            query,
-            key,
-            value,
-            state.layout(query.device),
+            prepared,
+            layout,
             block_map,
             keep_ratio=decision.keep_ratio,
-            budget=state.config.budget,
-            selection=state.config.selection,
-            tail=state.config.tail,
-            tail_pool=state.config.tail_pool,
-            text_lengths=state.forward.text_lengths(query.device),
-            backend=state.config.backend,
+            budget=config.budget,
+            selection=config.selection,
+            tail=config.tail,
+            tail_pool=config.tail_pool,
+            text_lengths=text,
+            backend=config.backend,
         )
         if selected is not None:
-            state.store(self.layer, batch, decision.segment, selected)
+            state.store(self.layer, like.shape[0], decision.segment, selected)
             block_map = selected.block_map
         if state.observer is not None:
-            state.observer(self.layer, query, key, block_map)
+            state.observer(self.layer, *map(layout.from_curve, (prepared.q, prepared.k)), block_map)
         return out
 
-    def _attend_dense(self, query, key, value, attention_mask, mask_is_text_padding) -> Tensor:
+    def _attend_dense(self, streams, rotary, attention_mask, mask_is_text_padding) -> Tensor:
         """Attention by the user's backend; text padding is cut off, since masks cost speed."""
-        tokens = kept = query.shape[1]
+        x = prepare_qkv(streams, rotary, heads_first=False)
+        tokens = kept = x.q.shape[1]
         text = self.state.forward.text
         if mask_is_text_padding and text is not None:
             kept = self.state.forward.geometry.video_tokens + text.longest
-            query, key, value = (x[:, :kept] for x in (query, key, value))
             even = text.shortest == text.longest
             attention_mask = None if even else attention_mask[..., :kept]
         out = dispatch_attention_fn(
-            query,
-            key,
-            value,
+            *(part[:, :kept] for part in (x.q, x.k, x.v)),
             attn_mask=attention_mask,
             backend=self._attention_backend,
             parallel_config=self._parallel_config,

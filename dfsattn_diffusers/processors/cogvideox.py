@@ -15,7 +15,7 @@ from torch import Tensor
 from ..layout import TokenGeometry
 from .adapter import ModelAdapter, register_adapter
 from .base import LayerProcessor
-from .rotary import norm_and_rotate
+from .projections import rotary_of, stream_of
 
 
 class CogVideoXDFSAttnProcessor(LayerProcessor):
@@ -42,12 +42,9 @@ class CogVideoXDFSAttnProcessor(LayerProcessor):
             query, key, value = (
                 project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v)
             )
-        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
-        video = slice(text_tokens, tokens)
-        query = norm_and_rotate(query, attn.norm_q, image_rotary_emb, video)
-        key = norm_and_rotate(key, attn.norm_k, image_rotary_emb, video)
-
-        out = self.attend(query, key, value, attention_mask).flatten(2)
+        stream = stream_of(query, key, value, attn.norm_q, attn.norm_k, attn.heads)
+        rotary = rotary_of(image_rotary_emb, query, first_row=text_tokens)
+        out = self.attend([stream], rotary, attention_mask).flatten(2)
         out = attn.to_out[1](attn.to_out[0](out))
         return out[:, text_tokens:], out[:, :text_tokens]
 

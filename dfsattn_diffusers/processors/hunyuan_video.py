@@ -13,7 +13,7 @@ from torch import Tensor
 from ..layout import TokenGeometry
 from .adapter import ModelAdapter, register_adapter
 from .base import LayerProcessor
-from .rotary import norm_and_rotate
+from .projections import rotary_of, stream_of
 
 
 class HunyuanVideoDFSAttnProcessor(LayerProcessor):
@@ -28,32 +28,22 @@ class HunyuanVideoDFSAttnProcessor(LayerProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         video_tokens = hidden_states.shape[1]
-        video = slice(0, video_tokens)
         if attn.add_q_proj is None:
             # Single-stream blocks project both streams with the same weights.
             hidden_states = torch.cat([hidden_states, encoder_hidden_states], dim=1)
-        query, key, value = (
-            project(hidden_states).unflatten(2, (attn.heads, -1))
-            for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        query = norm_and_rotate(query, attn.norm_q, image_rotary_emb, video)
-        key = norm_and_rotate(key, attn.norm_k, image_rotary_emb, video)
-
+        projections = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
+        streams = [stream_of(*projections, attn.norm_q, attn.norm_k, attn.heads)]
         if attn.add_q_proj is not None:
-            text_query, text_key, text_value = (
-                project(encoder_hidden_states).unflatten(2, (attn.heads, -1))
+            projections = (
+                project(encoder_hidden_states)
                 for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
             )
-            if attn.norm_added_q is not None:
-                text_query = attn.norm_added_q(text_query)
-            if attn.norm_added_k is not None:
-                text_key = attn.norm_added_k(text_key)
-            query = torch.cat([query, text_query], dim=1)
-            key = torch.cat([key, text_key], dim=1)
-            value = torch.cat([value, text_value], dim=1)
+            norms = attn.norm_added_q, attn.norm_added_k
+            streams.append(stream_of(*projections, *norms, attn.heads))
 
-        out = self.attend(query, key, value, attention_mask, mask_is_text_padding=True)
-        out = out.flatten(2).to(query.dtype)
+        rotary = rotary_of(image_rotary_emb, hidden_states)
+        out = self.attend(streams, rotary, attention_mask, mask_is_text_padding=True)
+        out = out.flatten(2).to(hidden_states.dtype)
         video_out, text_out = out[:, :video_tokens], out[:, video_tokens:]
         if attn.to_out is not None:
             video_out = attn.to_out[1](attn.to_out[0](video_out))

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.prologue import Stream
+
 # Decisions made anew in every call must not be recorded: since torch 2.9, inductor can be told to
 # cut CUDA graphs around an operator; before, the handle on the CPU keeps it from making any.
 _TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
@@ -45,7 +47,8 @@ def opaque_attend(
 ) -> Tensor:
     """`attend_now` of the layer processor with this handle; contiguous `[B, N, H, D]`."""
     layer = _layers[int(handle)]
-    out = layer.attend_now(query, key, value, attention_mask, mask_is_text_padding)
+    streams = [Stream(query, key, value)]
+    out = layer.attend_now(streams, None, attention_mask, mask_is_text_padding)
     # The strides that were promised at compile time; dense backends return several.
     return out.contiguous()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..layout import TokenGeometry
 from .adapter import ModelAdapter, register_adapter
 from .base import LayerProcessor
+from .projections import rotary_of, stream_of
 
 
 class WanDFSAttnProcessor(LayerProcessor):
@@ -31,24 +32,10 @@ class WanDFSAttnProcessor(LayerProcessor):
             query, key, value = (
                 project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v)
             )
-        query = attn.norm_q(query).unflatten(2, (attn.heads, -1))
-        key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
-        value = value.unflatten(2, (attn.heads, -1))
-        if rotary_emb is not None:
-            query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
-
-        out = self.attend(query, key, value, attention_mask).flatten(2).type_as(query)
+        stream = stream_of(query, key, value, attn.norm_q, attn.norm_k, attn.heads)
+        rotary = rotary_of(rotary_emb, query, float32_steps=False)
+        out = self.attend([stream], rotary, attention_mask).flatten(2).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of `[B, N, H, D]`, pairs interleaved; cos and sin are `[1, N, 1, D]`."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    out = torch.empty_like(x)
-    out[..., 0::2] = even * cos - odd * sin
-    out[..., 1::2] = even * sin + odd * cos
-    return out
 
 
 def _tokens(

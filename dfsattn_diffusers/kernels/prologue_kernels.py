@@ -39,8 +39,8 @@ class LaunchSettings:
     num_stages: int
 
 
-# For all GPUs; not yet measured.
-SETTINGS = LaunchSettings(16, 4, 4096, 4, 2)
+# By compute capability: no spills; not yet measured.
+SETTINGS = {80: LaunchSettings(16, 4, 4096, 4, 3), 86: LaunchSettings(16, 4, 4096, 4, 2)}
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -249,15 +249,20 @@ def prologue_kernel(
         )  # fmt: skip
 
 
+def settings_for(capability: tuple[int, int]) -> LaunchSettings:
+    """The table's entry for a device."""
+    major, minor = capability
+    return SETTINGS[max(arch for arch in SETTINGS if arch <= major * 10 + minor)]
+
+
 def launch_shape(
-    heads: int, head_dim: int, tile: int | None, settings: LaunchSettings | None = None
-) -> tuple[int, int, int, LaunchSettings]:
-    """Slots of a program, tokens and heads of a step, and the settings they follow from."""
-    settings = settings or SETTINGS
+    heads: int, head_dim: int, tile: int | None, settings: LaunchSettings
+) -> tuple[int, int, int]:
+    """Slots of a program, tokens and heads of a step."""
     slots = tile or settings.slots
     tokens = min(slots, settings.tokens)
     group = min(triton.next_power_of_2(heads), max(1, settings.elements // (tokens * head_dim)))
-    return slots, tokens, group, settings
+    return slots, tokens, group
 
 
 def can_prepare(
@@ -315,7 +320,10 @@ def prepare_qkv(
             step = _DTYPES[torch.promote_types(first.q.dtype, cos.dtype)]
 
     size = _tile_size(streams, source, tile_lengths) if pool else None
-    size, tokens, group, settings = launch_shape(heads, head_dim, size, settings)
+    if settings is None:
+        here = torch.cuda.get_device_capability(first.q.device) if first.q.is_cuda else (8, 0)
+        settings = settings_for(here)
+    size, tokens, group = launch_shape(heads, head_dim, size, settings)
     with torch.cuda.device_of(first.q):
         prologue_kernel[triton.cdiv(slots, size) * parts, batch](
             *x,

@@ -11,7 +11,8 @@ from test_fast_launch import SHARED_MEMORY, compile_for
 
 # Norm, head dim, heads, two streams, pooled tiles.
 CALLS = {
-    "wan": ("rms_all_heads", 128, 40, False, True),
+    "wan": ("rms_all_heads", 128, 40, False, False),
+    "wan, pooled": ("rms_all_heads", 128, 40, False, True),
     "hunyuan": ("rms", 128, 24, True, True),
     "cogvideox": ("layer", 64, 48, False, False),
     "cogvideox-2b": (None, 64, 30, False, True),
@@ -41,9 +42,11 @@ def test_fits_the_gpu(arch):
 def compile_call(arch, norm, head_dim, heads, two, pool):
     import triton.language as tl
 
-    from dfsattn_diffusers.kernels.prologue_kernels import launch_shape, prologue_kernel
+    from dfsattn_diffusers.kernels import prologue_kernels
 
-    slots, tokens, group, settings = launch_shape(heads, head_dim, 16 if pool else None)
+    settings = prologue_kernels.settings_for(divmod(arch, 10))
+    tile = 16 if pool else None
+    slots, tokens, group = prologue_kernels.launch_shape(heads, head_dim, tile, settings)
     constants = dict(
         NORM=norm, STEP=tl.float32, INTERLEAVED=norm is not None, D=head_dim, SLOTS=slots,
         TOKENS=tokens, HEADS=group, STAGES=settings.num_stages, PARTS=3,
@@ -64,7 +67,7 @@ def compile_call(arch, norm, head_dim, heads, two, pool):
         else:
             constants[name] = None
     return compile_for(
-        arch, prologue_kernel, constants, settings.num_warps, types=types,
+        arch, prologue_kernels.prologue_kernel, constants, settings.num_warps, types=types,
         aligned=("stride_b", "stride_n", "stride_o"), fuse=False,
     )  # fmt: skip
 

@@ -2,5 +2,14 @@
 
 from .api import block_sparse_attention, explain, list_backends
 from .block_map import BlockMap, PackedBlockMap
+from .quantize import Quantized, quantize
 
-__all__ = ["BlockMap", "PackedBlockMap", "block_sparse_attention", "explain", "list_backends"]
+__all__ = [
+    "BlockMap",
+    "PackedBlockMap",
+    "Quantized",
+    "block_sparse_attention",
+    "explain",
+    "list_backends",
+    "quantize",
+]

@@ -12,6 +12,8 @@ from .fast import fast
 
 # The largest number of e4m3.
 LARGEST = 448.0
+# Blocks of smaller numbers lose digits, so that no scale underflows and no sum overflows.
+SMALLEST = 2.0**-64
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def quantize(
     """Round to e4m3, each block scaled so that its largest number is 448.
 
     Softmax does not see a vector that is taken off all keys, so that any mean is exact; the true
-    one leaves the least to round. Infinite numbers are not allowed, except in padding.
+    one leaves the least to round. All numbers must be finite, except in padding.
 
     Args:
         q: `[B, H, Nq, D]`.
@@ -109,8 +111,7 @@ def _to_blocks(x: Tensor, size: int, lengths: Tensor | None = None) -> Tensor:
 
 def _round_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Blocks `[B, H, blocks, size, D]` side by side in e4m3, and their scales."""
-    scales = blocks.abs().amax((3, 4)) / LARGEST
-    scales = scales.masked_fill(scales == 0, 1)
+    scales = blocks.abs().amax((3, 4)).clamp(min=SMALLEST) / LARGEST
     # Saturates: the quotient may come out one rounding beyond the largest number.
     rounded = (blocks / scales[..., None, None]).clamp(-LARGEST, LARGEST)
     return rounded.to(torch.float8_e4m3fn).flatten(2, 3), scales

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .quantize import Quantized
+from .quantize import LARGEST, SMALLEST, Quantized
 
+_LARGEST, _SMALLEST = tl.constexpr(LARGEST), tl.constexpr(SMALLEST)
 # The interpreter loses the carry of a rounding: there numbers are rounded before the cast.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -72,11 +73,10 @@ def quantize_kernel(
         tl.store(mean_logits + i_row * BLOCK + o_n, tl.sum(b_x * b_mean[None, :], 1))
     if CENTRED:
         b_x = tl.where((o_n < i_length)[:, None], b_x - b_mean[None, :], 0.0)
-    b_largest = tl.max(tl.max(tl.abs(b_x), 1), 0)
-    b_scale = tl.where(b_largest == 0.0, 1.0, b_largest / 448.0)
+    b_scale = tl.maximum(tl.max(tl.max(tl.abs(b_x), 1), 0), _SMALLEST) / _LARGEST
     tl.store(scales + i_row, b_scale)
     # Saturates: the quotient may come out one rounding beyond the largest number.
-    b_x = tl.minimum(tl.maximum(b_x / b_scale, -448.0), 448.0)
+    b_x = tl.minimum(tl.maximum(b_x / b_scale, -_LARGEST), _LARGEST)
     if TRANSPOSED:
         i_slots = tl.num_programs(0) * BLOCK
         p_out = out + (i_bh.to(tl.int64) * D + o_d)[:, None] * i_slots

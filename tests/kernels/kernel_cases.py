@@ -188,9 +188,10 @@ NASTY = [
 ]
 
 
-# Those that multiply in the precision of their inputs; test_triton_fp8.py tests the other.
+# Of the inputs' precision, with all that the contract has; the others have tests of their own.
 BACKENDS = [
-    name for name in list_backends()
+    name
+    for name in list_backends()
     if getattr(load_backend(name), "PRECISION", "full") == "full" and name != "fa4"
 ]
 

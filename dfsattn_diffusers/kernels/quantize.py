@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -69,12 +70,21 @@ def quantize(
         FlashAttention-3, Shah et al., arXiv 2407.08608 (values with keys contiguous).
     """
     lengths = block_lengths(k, key_block, key_lengths)
-    kernels = fast("quantize_kernels", q)
+    kernels = _kernels_for(q, k, v, query_block, key_block)
     if key_mean is None:
         sums = (kernels.sum_blocks if kernels else sum_blocks)(k, lengths, key_block)
         key_mean = sums.sum(2) / lengths.sum(1).clamp(min=1)[:, None, None]
     make = kernels.quantize if kernels else _quantize
     return make(q, k, v, query_block, key_block, lengths, key_mean)
+
+
+def _kernels_for(q: Tensor, k: Tensor, v: Tensor, *blocks: int) -> ModuleType | None:
+    """The Triton kernels where they serve: GPUs that know e4m3, sizes that are powers of two."""
+    contiguous = all(x.stride(-1) == 1 for x in (q, k, v))
+    powers = all(size & (size - 1) == 0 for size in (q.shape[-1], *blocks))
+    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9):
+        return None
+    return fast("quantize_kernels", q) if contiguous and powers else None
 
 
 def block_lengths(k: Tensor, key_block: int, key_lengths: Tensor | None) -> Tensor:

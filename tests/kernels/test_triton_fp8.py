@@ -122,6 +122,14 @@ def test_kernels_round_as_specified(monkeypatch, device, dtype, head_dim, key_bl
     torch.testing.assert_close(got.mean_logits, wanted.mean_logits, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_odd_head_dims_are_left_to_torch(device):
+    p = problem(device, half(device), num_queries=130, head_dim=80)
+    x = quantized(p)
+    assert x.v.shape == (2, 2, 80, 256)
+    assert error(dequantized(p, x).v, p.v.double()) < 1 / 16
+
+
 def test_rounding_is_relative_and_padding_is_zero():
     p = segments(problem(num_queries=300))
     x = quantized(p)
@@ -267,3 +275,19 @@ def test_capabilities(monkeypatch):
         reason = backend.why_not(call)
         assert (reason is None) == able
         assert able or "8.9 or 9.0, got {}.{}".format(*capability) in reason
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_CUDA)])
+def test_offsets_beyond_32_bits(device):
+    """The last head starts beyond element 2 ** 31, in 8 bits too."""
+    shape = (1, 130, 2**17, 128)
+    q, k, v = (torch.zeros(shape, dtype=torch.bfloat16, device=device) for _ in range(3))
+    small = problem(device, torch.bfloat16, num_queries=2**17, heads=1, batch=1, head_dim=128)
+    for big, x in ((q, small.q), (k, small.k), (v, small.v)):
+        big[:, -1:] = x
+    rows = small.mask.shape[2]
+    mask = torch.eye(rows, dtype=torch.bool, device=device).expand(1, 130, rows, rows)
+    last = replace(small, mask=mask[:, -1:]).run("triton_fp8", precision="fp8")
+    out = replace(small, q=q, k=k, v=v, mask=mask).run("triton_fp8", precision="fp8")
+    assert torch.equal(out[:, -1:], last)
+    assert not out[:, :-1].any()

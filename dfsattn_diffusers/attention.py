@@ -45,6 +45,7 @@ def sparse_attention(
     tail: str | None = None,
     tail_pool: int = 64,
     text_lengths: Tensor | None = None,
+    precision: str = "full",
     backend: str = "auto",
 ) -> tuple[Tensor, Selection | None]:
     """Attention over the key blocks that matter (DFSAttn, Hu et al., arXiv 2605.23445).
@@ -59,6 +60,7 @@ def sparse_attention(
         tail: What stands for the blocks that are not kept: None, pools' "mean", or "moment".
         tail_pool: Keys of one pool; divides the layout's key block.
         text_lengths: `[B]` valid text tokens per batch row; None means all.
+        precision: Of the kernel's products: "full" or "fp8".
         backend: A kernel backend's name, or "auto".
 
     Returns:
@@ -91,6 +93,7 @@ def sparse_attention(
         tail=pools,
         output_order=layout.target,
         out=out.transpose(1, 2),
+        precision=precision,
         backend=backend,
     )
     return out, selected

@@ -149,3 +149,11 @@ def test_unsupported_diffusers(monkeypatch, found):
 
 def test_public_names_exist():
     assert all(hasattr(dfsattn_diffusers, name) for name in dfsattn_diffusers.__all__)
+
+
+def test_fp8_where_no_kernel_has_it_is_refused_before_any_step():
+    pipe, steps = tiny_wan(), []
+    enable_dfsattn(pipe, **SPARSE, precision="fp8")
+    with pytest.raises(ValueError, match="fp8"):
+        run(pipe, callback_on_step_end=lambda *a: steps.append(1) or {})
+    assert not steps

@@ -67,6 +67,7 @@ def test_overrides_and_immutability():
         (dict(tail="median"), ValueError, "tail must be one of None, mean, moment; got 'median'"),
         (dict(tail="mean", tail_pool=48), ValueError, "tail_pool must divide key_block; got tail_"),
         (dict(tail_pool=0), ValueError, "tail_pool must be at least 1"),
+        (dict(precision="int8"), ValueError, "precision must be one of full, fp8; got 'int8'"),
         (dict(selection="error"), ValueError, "ranks blocks by what the tail gets wrong; got tail"),
         (dict(dense_layers=(-1,)), ValueError, "dense_layers must be at least 0"),
         (dict(dense_layers=("12",)), TypeError, "dense_layers must be a whole number"),

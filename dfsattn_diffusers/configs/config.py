@@ -13,7 +13,14 @@ ORDERS = ("hilbert3d", "hilbert2d", "cuboid", "raster")
 BUDGETS = ("row", "head", "layer")
 SELECTIONS = ("mass", "error")
 TAILS = (None, "mean", "moment")
-_CHOICES = {"order": ORDERS, "budget": BUDGETS, "selection": SELECTIONS, "tail": TAILS}
+PRECISIONS = ("full", "fp8")
+_CHOICES = {
+    "order": ORDERS,
+    "budget": BUDGETS,
+    "selection": SELECTIONS,
+    "tail": TAILS,
+    "precision": PRECISIONS,
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class DFSAttnConfig:
         min_tokens: With fewer video tokens than this, attention stays dense.
         share_maps_across_branches: Use the first guidance branch's map for the others too, where
             branches are separate calls. Saves refreshes and memory, follows the prompt less well.
+        precision: Of the kept blocks' products: "full", that of the model, or "fp8" (e4m3, on sm89
+            and sm90), which is faster and less exact.
         backend: Kernel: "auto" or a name from `dfsattn_diffusers.kernels.list_backends()`.
 
     Raises:
@@ -73,6 +82,7 @@ class DFSAttnConfig:
     dense_layers: tuple[int, ...] = ()
     min_tokens: int = 0
     share_maps_across_branches: bool = False
+    precision: str = "full"
     backend: str = "auto"
 
     def __post_init__(self):
@@ -143,6 +153,11 @@ class DFSAttnConfig:
         """Work for a key that is not kept, relative to one that is: 0 where it is dropped."""
         products = {None: 0.0, "mean": 1.0, "moment": 1.5}[self.tail]
         return products / self.tail_pool
+
+    def per_call(self) -> dict[str, Any]:
+        """Fields that every sparse attention call is made with, under their names."""
+        names = ("budget", "selection", "tail", "tail_pool", "precision", "backend")
+        return {name: getattr(self, name) for name in names}
 
     def replace(self, **changes: Any) -> DFSAttnConfig:
         """A copy with some fields changed; an unknown name raises `ValueError`."""

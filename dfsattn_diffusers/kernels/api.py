@@ -46,6 +46,7 @@ def block_sparse_attention(
     out: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    precision: str = "full",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of every query over the keys of the blocks that its block keeps.
 
@@ -69,6 +70,8 @@ def block_sparse_attention(
             are. `M = Nq` without `output_order`.
         return_lse: Also return the log-sum-exp of each query's logits.
         backend: A name from `list_backends()`, which never falls back, or "auto".
+        precision: Of the products: "full", that of the inputs, or "fp8", e4m3 (`quantize`), which
+            never falls back to the other.
 
     Returns:
         `out`, and with `return_lse` also the natural log-sum-exp, `[B, H, Nq]` float32 in q's
@@ -84,12 +87,12 @@ def block_sparse_attention(
         q, k, v, block_map, scale, key_lengths, full_key_blocks, tail, output_order, out, return_lse
     )
     if backend == "auto":
-        backend = _choose(call).backend
+        backend = _choose(call, precision).backend
     if backend not in list_backends():
         known = ", ".join(["auto", *list_backends()])
         raise ValueError(f"backend must be one of {known}, got {backend!r}")
     module = load_backend(backend)
-    reason = module.why_not(call)
+    reason = _why_not(module, call, precision)
     if reason is not None:
         raise ValueError(
             f"backend {backend!r} cannot do this call: {reason}; or pass backend='auto'"
@@ -113,6 +116,7 @@ def explain(
     output_order: Tensor | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
+    precision: str = "full",
 ) -> Explanation:
     """What `backend="auto"` would choose for this call, and why not the others.
 
@@ -122,21 +126,33 @@ def explain(
         _checked_call(
             q, k, v, block_map, scale, key_lengths, full_key_blocks, tail, output_order, out,
             return_lse,
-        )
+        ),
+        precision,
     )
 
 
-def _choose(call: AttentionCall) -> Explanation:
+def _why_not(module, call: AttentionCall, precision: str) -> str | None:
+    reason = module.why_not(call)
+    offered = getattr(module, "PRECISION", "full")
+    if reason is None and offered != precision:
+        reason = f"its precision is {offered!r}, not {precision!r}"
+    return reason
+
+
+def _choose(call: AttentionCall, precision: str) -> Explanation:
     device = call.q.device.type
     able, rejected = [], {}
     for module in map(load_backend, list_backends()):
-        reason = module.why_not(call)
+        reason = _why_not(module, call, precision)
         if reason is None and module.AUTO_DEVICES is not None and device not in module.AUTO_DEVICES:
             reason = f"auto does not use it on {device}"
         if reason is None:
             able.append(module)
         else:
             rejected[module.NAME] = reason
+    if not able:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
+        raise ValueError(f"precision must be 'full' here, got {precision!r}; {reasons}")
     best = max(able, key=lambda module: module.SPEED)
     rejected |= {m.NAME: f"slower than {best.NAME}" for m in able if m is not best}
     return Explanation(best.NAME, rejected)

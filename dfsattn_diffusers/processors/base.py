@@ -91,18 +91,13 @@ class LayerProcessor:
         reuse = decision.mode == "reuse"
         block_map = state.block_map(self.layer, like.shape[0]) if reuse else None
         prepared = prepare(streams, layout, rotary, text_lengths=text, pooled=not reuse)
-        config = state.config
         out, selected = sparse_attention(
             prepared,
             layout,
             block_map,
             keep_ratio=decision.keep_ratio,
-            budget=config.budget,
-            selection=config.selection,
-            tail=config.tail,
-            tail_pool=config.tail_pool,
             text_lengths=text,
-            backend=config.backend,
+            **state.config.per_call(),
         )
         if selected is not None:
             state.store(self.layer, like.shape[0], decision.segment, selected)
@@ -146,5 +141,6 @@ class LayerProcessor:
             return
         blocks = dict(query_block=config.query_block, key_block=config.key_block)
         one = BlockMap.full(1, query.shape[2], 1, 1, **blocks, device=query.device)
-        block_sparse_attention(token, token, token, one, backend=config.backend)
+        how = dict(precision=config.precision, backend=config.backend)
+        block_sparse_attention(token, token, token, one, **how)
         self.state.served.add(kind)

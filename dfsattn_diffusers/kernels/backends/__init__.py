@@ -3,6 +3,7 @@
 A backend module has
     NAME: its own module name, also what users call it;
     AUTO_DEVICES: device types on which "auto" may choose it, None for all;
+    PRECISION: of its products, "full" where the module says nothing;
     SPEED: "auto" takes the highest that can do the call;
     why_not(call) -> str | None: the reason why it cannot do this call;
     forward(call): fills `call.out` and, where it is not None, `call.lse`.

@@ -1,0 +1,127 @@
+"""Queries, keys and values in e4m3 with a scale per block: the specification, in plain torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .fast import fast
+
+# The largest number of e4m3.
+LARGEST = 448.0
+# Blocks of smaller numbers lose digits, so that no scale underflows and no sum overflows.
+SMALLEST = 2.0**-64
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What an attention call reads, in e4m3; `x = x8 * scale`, the mean taken off the keys.
+
+    Slots fill whole blocks; those behind a block's real tokens hold 0, whatever they held.
+
+    Attributes:
+        q: `[B, H, nQ * query_block, D]`.
+        k: `[B, H, nK * key_block, D]`, without `key_mean`.
+        v: `[B, H, D, nK * key_block]`: Hopper multiplies 8-bit values with keys contiguous only.
+        q_scales: `[B, H, nQ]` float32.
+        k_scales, v_scales: `[B, H, nK]` float32.
+        key_mean: `[B, H, D]` float32.
+        mean_logits: `[B, H, nQ * query_block]` float32, `q . key_mean` of exact queries: what the
+            unscaled log-sum-exp of centred keys lacks.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_scales: Tensor
+    k_scales: Tensor
+    v_scales: Tensor
+    key_mean: Tensor
+    mean_logits: Tensor
+
+
+def quantize(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    query_block: int,
+    key_block: int,
+    key_lengths: Tensor | None = None,
+    key_mean: Tensor | None = None,
+) -> Quantized:
+    """Round to e4m3, each block scaled so that its largest number is 448.
+
+    Softmax does not see a vector that is taken off all keys, so that any mean is exact; the true
+    one leaves the least to round. All numbers must be finite, except in padding.
+
+    Args:
+        q: `[B, H, Nq, D]`.
+        k, v: `[B, H, Nk, D]`.
+        query_block, key_block: Tokens per block; last blocks may be short.
+        key_lengths: `[B, nK]` int32, real keys at the front of each key block; None: all are.
+        key_mean: `[B, H, D]` float32 to take off the keys; None: their mean, at a second reading.
+
+    Source: SageAttention 2, Zhang et al., arXiv 2411.10958 (smoothed keys, per-block scales);
+        FlashAttention-3, Shah et al., arXiv 2407.08608 (values with keys contiguous).
+    """
+    lengths = block_lengths(k, key_block, key_lengths)
+    kernels = _kernels_for(q, k, v, query_block, key_block)
+    if key_mean is None:
+        sums = (kernels.sum_blocks if kernels else sum_blocks)(k, lengths, key_block)
+        key_mean = sums.sum(2) / lengths.sum(1).clamp(min=1)[:, None, None]
+    make = kernels.quantize if kernels else _quantize
+    return make(q, k, v, query_block, key_block, lengths, key_mean)
+
+
+def _kernels_for(q: Tensor, k: Tensor, v: Tensor, *blocks: int) -> ModuleType | None:
+    """The Triton kernels where they serve: GPUs that know e4m3, sizes that are powers of two."""
+    contiguous = all(x.stride(-1) == 1 for x in (q, k, v))
+    powers = all(size & (size - 1) == 0 for size in (q.shape[-1], *blocks))
+    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9):
+        return None
+    return fast("quantize_kernels", q) if contiguous and powers else None
+
+
+def block_lengths(k: Tensor, key_block: int, key_lengths: Tensor | None) -> Tensor:
+    """`[B, nK]` int32, real keys of each block, never beyond the end of the sequence."""
+    start = torch.arange(0, k.shape[2], key_block, dtype=torch.int32, device=k.device)
+    room = (k.shape[2] - start).clamp(max=key_block).expand(k.shape[0], -1)
+    return (room if key_lengths is None else torch.minimum(room, key_lengths)).contiguous()
+
+
+def sum_blocks(k: Tensor, lengths: Tensor, key_block: int) -> Tensor:
+    """Sums of the real tokens of each block, `[B, H, nK, D]` float32."""
+    return _to_blocks(k, key_block, lengths).sum(3)
+
+
+def _quantize(q, k, v, query_block, key_block, lengths, key_mean) -> Quantized:
+    queries = _to_blocks(q, query_block)
+    q8, q_scales = _round_blocks(queries)
+    mean_logits = (queries @ key_mean[:, :, None, :, None]).flatten(2)
+    k = k.float() - key_mean[:, :, None]
+    k8, k_scales = _round_blocks(_to_blocks(k, key_block, lengths))
+    v8, v_scales = _round_blocks(_to_blocks(v, key_block, lengths))
+    v8 = v8.transpose(2, 3).contiguous()
+    return Quantized(q8, k8, v8, q_scales, k_scales, v_scales, key_mean, mean_logits)
+
+
+def _to_blocks(x: Tensor, size: int, lengths: Tensor | None = None) -> Tensor:
+    """`[B, H, blocks, size, D]` float32, 0 where there is no real token."""
+    blocks = F.pad(x.float(), (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))
+    if lengths is None:
+        return blocks
+    real = torch.arange(size, device=x.device) < lengths[..., None]
+    return blocks.masked_fill(~real[:, None, :, :, None], 0)
+
+
+def _round_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks `[B, H, blocks, size, D]` side by side in e4m3, and their scales."""
+    scales = blocks.abs().amax((3, 4)).clamp(min=SMALLEST) / LARGEST
+    # Saturates: the quotient may come out one rounding beyond the largest number.
+    rounded = (blocks / scales[..., None, None]).clamp(-LARGEST, LARGEST)
+    return rounded.to(torch.float8_e4m3fn).flatten(2, 3), scales

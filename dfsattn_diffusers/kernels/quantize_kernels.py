@@ -1,0 +1,127 @@
+"""Triton kernels of `quantize`: every tensor is read once, keys once more for their mean."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .quantize import LARGEST, SMALLEST, Quantized
+
+_LARGEST, _SMALLEST = tl.constexpr(LARGEST), tl.constexpr(SMALLEST)
+# The interpreter loses the carry of a rounding: there numbers are rounded before the cast.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def to_e4m3(b_x):
+    """Nearest numbers of e4m3, ties to even; `|x|` up to 448."""
+    if _INTERPRETED:
+        b_bits = b_x.to(tl.int32, bitcast=True)
+        b_bits = (b_bits + 0x7FFFF + ((b_bits >> 20) & 1)) & -0x100000
+        # Below 2 ** -6 numbers are multiples of 2 ** -9.
+        b_small = (b_x + 24576.0) - 24576.0
+        b_x = tl.where(tl.abs(b_x) < 0.015625, b_small, b_bits.to(tl.float32, bitcast=True))
+    return b_x.to(tl.float8e4nv)
+
+
+@triton.jit
+def _load_block(x, i_b, i_h, i_block, i_length, stride_b, stride_h, stride_n,
+                D: tl.constexpr, BLOCK: tl.constexpr):
+    """Real rows of one block, 0 in its other slots, `[BLOCK, D]` float32."""
+    o_n = tl.arange(0, BLOCK)
+    p_x = x + i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h
+    p_x = p_x + (i_block * BLOCK + o_n).to(tl.int64)[:, None] * stride_n + tl.arange(0, D)[None, :]
+    # Padding may be NaN: it is not read.
+    return tl.load(p_x, mask=(o_n < i_length)[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["H"])
+def sum_kernel(x, lengths, out, stride_b, stride_h, stride_n, H,
+               D: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of the real tokens of one block."""
+    i_block, i_bh = tl.program_id(0), tl.program_id(1)
+    i_b, i_h = i_bh // H, i_bh % H
+    i_length = tl.load(lengths + i_b * tl.num_programs(0) + i_block)
+    # [BLOCK, D]
+    b_x = _load_block(x, i_b, i_h, i_block, i_length, stride_b, stride_h, stride_n, D, BLOCK)
+    i_row = i_bh.to(tl.int64) * tl.num_programs(0) + i_block
+    tl.store(out + i_row * D + tl.arange(0, D), tl.sum(b_x, 0))
+
+
+@triton.jit(do_not_specialize=["H", "N"])
+def quantize_kernel(
+    x, lengths, mean, out, scales, mean_logits, stride_b, stride_h, stride_n, H, N,
+    D: tl.constexpr, BLOCK: tl.constexpr, HAS_LENGTHS: tl.constexpr, CENTRED: tl.constexpr,
+    WITH_LOGITS: tl.constexpr, TRANSPOSED: tl.constexpr,
+):
+    """One block of one head."""
+    i_block, i_bh = tl.program_id(0), tl.program_id(1)
+    i_b, i_h = i_bh // H, i_bh % H
+    i_length = tl.minimum(N - i_block * BLOCK, BLOCK)
+    if HAS_LENGTHS:
+        i_length = tl.load(lengths + i_b * tl.num_programs(0) + i_block)
+    # [BLOCK, D]
+    b_x = _load_block(x, i_b, i_h, i_block, i_length, stride_b, stride_h, stride_n, D, BLOCK)
+    o_n, o_d = tl.arange(0, BLOCK), tl.arange(0, D)
+    i_row = i_bh.to(tl.int64) * tl.num_programs(0) + i_block
+    if CENTRED or WITH_LOGITS:
+        # [D]
+        b_mean = tl.load(mean + i_bh * D + o_d)
+    if WITH_LOGITS:
+        tl.store(mean_logits + i_row * BLOCK + o_n, tl.sum(b_x * b_mean[None, :], 1))
+    if CENTRED:
+        b_x = tl.where((o_n < i_length)[:, None], b_x - b_mean[None, :], 0.0)
+    b_scale = tl.maximum(tl.max(tl.max(tl.abs(b_x), 1), 0), _SMALLEST) / _LARGEST
+    tl.store(scales + i_row, b_scale)
+    # Saturates: the quotient may come out one rounding beyond the largest number.
+    b_x = tl.minimum(tl.maximum(b_x / b_scale, -_LARGEST), _LARGEST)
+    if TRANSPOSED:
+        i_slots = tl.num_programs(0) * BLOCK
+        p_out = out + (i_bh.to(tl.int64) * D + o_d)[:, None] * i_slots
+        p_out = p_out + (i_block * BLOCK + o_n)[None, :]
+        # [D, BLOCK]
+        tl.store(p_out, to_e4m3(tl.trans(b_x)))
+    else:
+        p_out = out + (i_row * BLOCK + o_n)[:, None] * D + o_d[None, :]
+        tl.store(p_out, to_e4m3(b_x))
+
+
+def sum_blocks(k: Tensor, lengths: Tensor, key_block: int) -> Tensor:
+    """Sums of the real tokens of each block, `[B, H, nK, D]` float32."""
+    batch, heads, _, head_dim = k.shape
+    out = k.new_empty(batch, heads, lengths.shape[1], head_dim, dtype=torch.float32)
+    with torch.cuda.device_of(k):
+        sum_kernel[lengths.shape[1], batch * heads](
+            k, lengths, out, *k.stride()[:3], heads, D=head_dim, BLOCK=key_block, num_warps=8
+        )
+    return out
+
+
+def quantize(q, k, v, query_block, key_block, lengths, key_mean) -> Quantized:
+    """As `quantize.quantize`, which has filled in all arguments."""
+    key_mean = key_mean.contiguous()
+    q8, q_scales, mean_logits = _launch(q, query_block, None, key_mean, centred=False)
+    k8, k_scales, _ = _launch(k, key_block, lengths, key_mean, centred=True)
+    v8, v_scales, _ = _launch(v, key_block, lengths, None, centred=False)
+    return Quantized(q8, k8, v8, q_scales, k_scales, v_scales, key_mean, mean_logits)
+
+
+def _launch(x: Tensor, size: int, lengths: Tensor | None, mean: Tensor | None, centred: bool):
+    batch, heads, tokens, head_dim = x.shape
+    blocks, transposed = triton.cdiv(tokens, size), mean is None
+    shape = [blocks * size, head_dim]
+    out = x.new_empty(
+        batch, heads, *(shape[::-1] if transposed else shape), dtype=torch.float8_e4m3fn
+    )
+    scales = x.new_empty(batch, heads, blocks, dtype=torch.float32)
+    with_logits = mean is not None and not centred
+    logits = x.new_empty(batch, heads, blocks * size, dtype=torch.float32) if with_logits else None
+    with torch.cuda.device_of(x):
+        quantize_kernel[blocks, batch * heads](
+            x, lengths, mean, out, scales, logits, *x.stride()[:3], heads, tokens,
+            D=head_dim, BLOCK=size, HAS_LENGTHS=lengths is not None, CENTRED=centred,
+            WITH_LOGITS=with_logits, TRANSPOSED=transposed, num_warps=8,
+        )
+    return out, scales, logits

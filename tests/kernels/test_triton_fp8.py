@@ -1,0 +1,293 @@
+"""fp8: the rounding against its specification, attention against eager code that rounds alike."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import NASTY, ON_CUDA, assert_close, problem, segments, strided
+
+from dfsattn_diffusers.kernels import BlockMap, explain, quantize
+from dfsattn_diffusers.kernels.backends import load_backend
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+
+from dfsattn_diffusers.kernels import quantize_kernels  # noqa: E402
+
+backend = load_backend("triton_fp8")
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_CUDA)]
+
+
+def half(device):
+    return torch.float16 if device == "cpu" else torch.bfloat16
+
+
+def quantized(p, **changes):
+    return quantize(
+        p.q, p.k, p.v, query_block=p.query_block, key_block=p.key_block,
+        key_lengths=p.key_lengths, **changes,
+    )
+
+
+def dequantized(p, x):
+    """The problem that the kernel is given, in float64."""
+    q = x.q.double() * x.q_scales.double().repeat_interleave(p.query_block, -1)[..., None]
+    k = x.k.double() * x.k_scales.double().repeat_interleave(p.key_block, -1)[..., None]
+    v = x.v.double() * x.v_scales.double().repeat_interleave(p.key_block, -1)[..., None, :]
+    v = v.transpose(2, 3)
+    tokens, keys = p.q.shape[2], p.k.shape[2]
+    return replace(p, q=q[:, :, :tokens], k=k[:, :, :keys], v=v[:, :, :keys])
+
+
+def mean_logits(p, x):
+    scale = p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
+    return x.mean_logits[..., : p.q.shape[2]].double() * scale
+
+
+def eager_fp8(p):
+    """Dense attention in float32 with weights in e4m3, from 256 down."""
+    x = quantized(p)
+    given = dequantized(p, x)
+    real = given.real_keys()
+    mask = given.mask.repeat_interleave(p.query_block, 2)[:, :, : p.q.shape[2]]
+    mask = mask.repeat_interleave(p.key_block, 3)[..., : p.k.shape[2]] & real[:, None, None]
+    scale = p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
+    logits = given.q.float() @ given.k.float().transpose(-1, -2) * scale
+    logits = logits.masked_fill(~mask, -torch.inf)
+    peak = logits.amax(-1, keepdim=True)
+    weights = (logits - peak.masked_fill(peak == -torch.inf, 0)).exp()
+    rounded = (weights * 256).to(torch.float8_e4m3fn).float() / 256
+    total = weights.sum(-1, keepdim=True)
+    out = (rounded @ given.v.float()) / total.masked_fill(total == 0, 1)
+    return out, logits.logsumexp(-1) + mean_logits(p, x).float()
+
+
+def check_fp8(p):
+    """Beside what it was given, the kernel errs as eager code; and so it does beside the truth."""
+    out, lse = p.run("triton_fp8", return_lse=True, precision="fp8")
+    eager, x = eager_fp8(p), quantized(p)
+    given = dequantized(p, x)
+    exact_out, exact_lse = given.dense(torch.float64)
+    assert_close(out, exact_out, eager[0])
+    half_lse = given.dense(half(p.q.device.type))[1]
+    assert_close(lse, exact_lse + mean_logits(p, x), half_lse + mean_logits(p, x))
+    exact = p.dense(torch.float64)
+    assert_close(out, exact[0], eager[0])
+    assert_close(lse, exact[1], eager[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_casts(device):
+    """All of e4m3, all ties between its numbers, and what lies beside the ties."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = codes[codes.isfinite()].sort().values
+    ties = (numbers[1:] + numbers[:-1]) / 2
+    beside = [ties.nextafter(ties + sign) for sign in (1, -1)]
+    x = torch.cat([numbers, ties, *beside, torch.randn(2048) * 9, torch.randn(2048) * 0.01])
+    x = torch.nn.functional.pad(x, (0, -len(x) % 1024)).to(device)
+    out = torch.zeros(len(x), dtype=torch.float8_e4m3fn, device=device)
+    cast_kernel[len(x) // 1024,](x, out)
+    assert torch.equal(out.float(), x.to(torch.float8_e4m3fn).float())
+
+
+@triton.jit
+def cast_kernel(x, out):
+    o_x = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    tl.store(out + o_x, quantize_kernels.to_e4m3(tl.load(x + o_x)))
+
+
+@pytest.mark.parametrize("change", [segments, strided])
+@pytest.mark.parametrize("head_dim, key_block", [(64, 128), (128, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernels_round_as_specified(monkeypatch, device, dtype, head_dim, key_block, change):
+    p = problem(device, dtype, num_queries=300, head_dim=head_dim, key_block=key_block)
+    p = change(replace(p, k=p.k + 5, v=p.v * 30))
+    p.v[0, 0, :key_block] = 0
+    module = __import__("sys").modules[quantize.__module__]
+    monkeypatch.setattr(module, "fast", lambda name, x: None)
+    wanted = quantized(p)
+    monkeypatch.setattr(module, "fast", lambda name, x: quantize_kernels)
+    got = quantized(p)
+    torch.testing.assert_close(got.key_mean, wanted.key_mean, rtol=1e-5, atol=1e-6)
+    got = quantized(p, key_mean=wanted.key_mean)
+    for name in ("q", "k", "v"):
+        scales, specified = (getattr(x, f"{name}_scales") for x in (got, wanted))
+        torch.testing.assert_close(scales, specified, rtol=1e-6, atol=0)
+        ours, theirs = (getattr(x, name).float() for x in (got, wanted))
+        # A GPU divides with one rounding more: ties may fall to the other side.
+        unlike = (ours != theirs).float().mean()
+        assert unlike <= (0 if device == "cpu" else 1e-3)
+        torch.testing.assert_close(ours, theirs, rtol=1 / 8, atol=2**-9)
+    torch.testing.assert_close(got.mean_logits, wanted.mean_logits, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_odd_head_dims_are_left_to_torch(device):
+    p = problem(device, half(device), num_queries=130, head_dim=80)
+    x = quantized(p)
+    assert x.v.shape == (2, 2, 80, 256)
+    assert error(dequantized(p, x).v, p.v.double()) < 1 / 16
+
+
+def test_rounding_is_relative_and_padding_is_zero():
+    p = segments(problem(num_queries=300))
+    x = quantized(p)
+    assert x.k.shape == (2, 2, 384, 64) and x.v.shape == (2, 2, 64, 384)
+    given, real = dequantized(p, x), p.real_keys()[:, None, :, None]
+    for got, wanted, mean in ((given.q, p.q, 0), (given.k, p.k, x.key_mean[:, :, None])):
+        wanted = wanted.double() - mean
+        wanted = wanted.masked_fill(~real, 0) if got is given.k else wanted
+        largest = wanted.abs().amax()
+        # Half the distance to the next number: 2 ** -10 of 448 where it is smallest.
+        assert ((got - wanted).abs() <= wanted.abs() / 16 + largest / 448 * 2**-10).all()
+    assert not given.v.masked_fill(real, 0).any() and not given.k.masked_fill(real, 0).any()
+
+
+@pytest.mark.parametrize("tokens", [1, 127, 129, 300])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("device", DEVICES)
+def test_ragged_sizes(device, head_dim, tokens):
+    check_fp8(problem(device, half(device), num_queries=tokens, head_dim=head_dim, seed=tokens))
+
+
+@pytest.mark.parametrize("change", NASTY)
+@pytest.mark.parametrize("device", DEVICES)
+def test_nasty(device, change):
+    check_fp8(change(problem(device, half(device), num_queries=300, seed=1)))
+
+
+@pytest.mark.parametrize("query_block, key_block", [(128, 64), (64, 128), (64, 64)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_other_blocks_and_lengths(device, query_block, key_block):
+    check_fp8(
+        problem(
+            device, half(device), num_queries=150, num_keys=300, query_block=query_block,
+            key_block=key_block, density=0.4, seed=2,
+        )
+    )
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("key_tile", [32, 64, 128])
+def test_every_way_to_launch(monkeypatch, tma, key_tile):
+    settings = backend.LaunchSettings(key_tile, 8, 2, tma)
+    monkeypatch.setattr(backend, "settings_for", lambda call: settings)
+    check_fp8(segments(problem("cpu", torch.float16, num_queries=300, seed=3)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_value_blocks_of_other_sizes(device):
+    """Each value block has a scale of its own, which the weights carry."""
+    p = problem(device, half(device), num_queries=300, density=1.0, seed=4)
+    p.v[:, :, :128] *= 1000
+    p.v[:, :, 128:256] = 0
+    p.v[:, :, 256:] /= 1000
+    check_fp8(p)
+
+
+def test_tiny_values():
+    """No scale underflows and no sum overflows."""
+    p = problem(dtype=torch.float32, num_queries=300, density=1.0, seed=4)
+    p.v[:, :, :128] *= 1e-20
+    p.v[0, 0] *= 1e-30
+    p.v[1] = 0
+    check_fp8(p)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_output_order(device):
+    p = problem(device, half(device), num_queries=200, seed=3)
+    order = torch.randperm(230, generator=torch.Generator().manual_seed(3))[:200].int().to(device)
+    order[::7] = -1
+    out = torch.full((2, 2, 230, 64), 7.0, dtype=p.q.dtype, device=device)
+    straight = p.run("triton_fp8", precision="fp8")
+    p.run("triton_fp8", precision="fp8", output_order=order, out=out)
+    stored = order >= 0
+    assert torch.equal(out[:, :, order[stored].long()], straight[:, :, stored])
+    untouched = torch.ones(230, dtype=torch.bool, device=device)
+    untouched[order[stored].long()] = False
+    assert (out[:, :, untouched] == 7).all()
+
+
+def realistic(device, dtype):
+    """As trained models have them: keys with a common mean, and channels larger than others."""
+    p = problem(device, dtype, num_queries=600, head_dim=128, density=0.5, seed=5)
+    make = torch.Generator().manual_seed(6)
+    mean, size = torch.randn(128, generator=make) * 4, torch.ones(128)
+    size[::16] = 4
+    mean, size = mean.to(p.q), size.to(p.q)
+    return replace(p, q=p.q * size.sqrt(), k=p.k * size + mean, v=p.v * size)
+
+
+def error(got, exact):
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_error_beside_bf16(device, record_property):
+    """The report: `pytest -rP -k error_beside`, relative to float64."""
+    p = realistic(device, half(device))
+    exact = p.dense(torch.float64)[0]
+    fp8 = error(p.run("triton_fp8", precision="fp8"), exact)
+    bf16 = error(p.dense(torch.bfloat16)[0], exact)
+    zero = quantized(p, key_mean=torch.zeros(2, 2, 128, device=device))
+    rough = error(dequantized(p, zero).dense(torch.float64)[0], exact)
+    smooth = error(dequantized(p, quantized(p)).dense(torch.float64)[0], exact)
+    print(f"{device}: fp8 {fp8:.2%}, bf16 eager {bf16:.2%}; rounded inputs alone {smooth:.2%}, "
+          f"without smoothed keys {rough:.2%}")
+    record_property("error", dict(fp8=fp8, bf16=bf16, smooth=smooth, rough=rough))
+    # e4m3 has 4 bits of bf16's 8: 16 times its rounding.
+    assert bf16 < fp8 < 16 * bf16
+    assert smooth < rough
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(backend="triton", precision="fp8"), "its precision is 'full', not 'fp8'"),
+        (dict(backend="triton_fp8"), "its precision is 'fp8', not 'full'"),
+        (dict(backend="auto", precision="int8"), "precision must be 'full' here, got 'int8'; "),
+    ],
+)
+def test_precision_is_never_changed_in_silence(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        problem(dtype=torch.float16).run(**arguments)
+
+
+def test_where_the_device_cannot(monkeypatch):
+    monkeypatch.setattr(backend, "_INTERPRETED", False)
+    p = problem(dtype=torch.float16)
+    with pytest.raises(ValueError, match="got 'fp8'; .*triton_fp8: it needs CUDA tensors, got cpu"):
+        p.run("auto", precision="fp8")
+    block_map = BlockMap.from_mask(p.mask, query_block=128, key_block=128)
+    assert "triton_fp8" in explain(p.q, p.k, p.v, block_map).rejected
+
+
+def test_capabilities(monkeypatch):
+    """sm80 has no 8-bit products, and no later one is in the table."""
+    class Elsewhere:
+        is_cuda, device, dtype, shape = True, torch.device("cuda"), torch.float16, (1, 1, 9, 64)
+
+    call = type("Call", (), dict(q=Elsewhere, block_map=problem()))
+    for capability, able in (((8, 0), False), ((8, 9), True), ((9, 0), True), ((10, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        reason = backend.why_not(call)
+        assert (reason is None) == able
+        assert able or "8.9 or 9.0, got {}.{}".format(*capability) in reason
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_CUDA)])
+def test_offsets_beyond_32_bits(device):
+    """The last head starts beyond element 2 ** 31, in 8 bits too."""
+    shape = (1, 130, 2**17, 128)
+    q, k, v = (torch.zeros(shape, dtype=torch.bfloat16, device=device) for _ in range(3))
+    small = problem(device, torch.bfloat16, num_queries=2**17, heads=1, batch=1, head_dim=128)
+    for big, x in ((q, small.q), (k, small.k), (v, small.v)):
+        big[:, -1:] = x
+    rows = small.mask.shape[2]
+    mask = torch.eye(rows, dtype=torch.bool, device=device).expand(1, 130, rows, rows)
+    last = replace(small, mask=mask[:, -1:]).run("triton_fp8", precision="fp8")
+    out = replace(small, q=q, k=k, v=v, mask=mask).run("triton_fp8", precision="fp8")
+    assert torch.equal(out[:, -1:], last)
+    assert not out[:, :-1].any()

@@ -1,0 +1,136 @@
+"""The fp8 kernels compile for the GPUs of their table: 8-bit products, no spills."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_fast_launch import SHARED_MEMORY
+
+from dfsattn_diffusers.kernels.backends import load_backend
+
+backend = load_backend("triton_fp8")
+if not hasattr(backend, "SETTINGS"):
+    pytest.skip(backend.why_not(None), allow_module_level=True)
+
+
+@pytest.mark.parametrize("arch", sorted({arch for arch, _ in backend.SETTINGS}))
+def test_fits_the_gpu(arch):
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    run = subprocess.run(
+        [sys.executable, __file__, str(arch)], capture_output=True, text=True,
+        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path},
+    )
+    assert run.returncode == 0, run.stderr
+    builds = json.loads(run.stdout.splitlines()[-1])
+    assert len(builds) == 9
+    for build in builds:
+        assert build["shared"] <= SHARED_MEMORY[arch], build
+        assert build["spilled"] == 0, build
+        if build["kernel"] == "block_sparse_kernel":
+            # Both products take 8-bit operands and give float32.
+            kind = "wgmma.mma_async" if arch == 90 else "mma.sync"
+            assert build["products"], build
+            for product in build["products"]:
+                assert product.startswith(kind) and ".f32.e4m3.e4m3" in product, build
+            # Weights come from registers in both loops, in steps of 32; queries from memory.
+            steps = 2 * build["key_tile"] // 32
+            assert arch != 90 or build["from_registers"] == steps < build["count"], build
+
+
+def compile_for(arch, kernel, constants, types, num_warps, num_stages):
+    """Compile without a GPU; ask ptxas what it takes, and the PTX how it multiplies."""
+    import re
+    import tempfile
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32") for name in names
+    }
+    source = ASTSource(
+        kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        {
+            (i,): [["tt.divisibility", 16]]
+            for i, (name, kind) in enumerate(signature.items())
+            if kind.startswith("*") or name.startswith("stride")
+        },
+    )
+    options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = built.asm["ptx"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+        log = subprocess.run(
+            [get_ptxas(arch).path, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull],
+            capture_output=True, text=True, check=True,
+        ).stderr
+    found = re.findall(r"(wgmma\.mma_async\S+|mma\.sync\S+)\s+\{[^}]*\},\s*(\S)", ptx)
+    return dict(
+        kernel=kernel.fn.__name__,
+        key_tile=constants.get("KEY_TILE"),
+        registers=int(re.search(r"Used (\d+) registers", log)[1]),
+        spilled=int(re.search(r"(\d+) bytes spill stores", log)[1]),
+        shared=built.metadata.shared,
+        products=sorted({name for name, _ in found}),
+        count=len(found),
+        from_registers=sum(operand == "{" for _, operand in found),
+    ), ptx
+
+
+def builds(arch):
+    from dfsattn_diffusers.kernels import quantize_kernels as kernels
+
+    pointers = dict.fromkeys(("counts", "indices", "key_lengths", "output_order"), "*i32")
+    scales = ("q_scales", "k_scales", "v_scales", "mean_logits", "lse")
+    pointers |= dict.fromkeys(scales, "*fp32") | dict(out="*bf16", scale="fp32")
+    blocks = [(128, 128), (128, 64), (64, 64)]
+    for head_dim, (query_block, key_block) in itertools.product((64, 128), blocks):
+        s = backend.SETTINGS[arch, head_dim]
+        tile = min(s.key_tile, key_block)
+        constants = dict(
+            D=head_dim, QUERY_BLOCK=query_block, KEY_BLOCK=key_block, KEY_TILE=tile, RAGGED=4,
+            HAS_LENGTHS=True, ORDERED=True, WITH_LSE=True, TMA=s.tma,
+        )
+        shapes = dict(q=(query_block, head_dim), k=(tile, head_dim), v=(head_dim, tile))
+        types = pointers | {
+            name: f"tensordesc<fp8e4nv[1, {rows}, {columns}]>" if s.tma else "*fp8e4nv"
+            for name, (rows, columns) in shapes.items()
+        }
+        warps = max(4, s.num_warps * query_block // 128)
+        yield compile_for(
+            arch, backend.block_sparse_kernel, constants, types, warps, s.num_stages
+        )
+    types = dict(x="*bf16", lengths="*i32", mean="*fp32", scales="*fp32", mean_logits="*fp32")
+    yield compile_for(
+        arch, kernels.sum_kernel, dict(D=128, BLOCK=128), types | dict(out="*fp32"), 8, 3
+    )
+    for keys in (True, False):
+        constants = dict(
+            D=128, BLOCK=128, HAS_LENGTHS=True, CENTRED=keys, WITH_LOGITS=not keys,
+            TRANSPOSED=not keys,
+        )
+        constants |= dict(mean_logits=None) if keys else {}
+        yield compile_for(
+            arch, kernels.quantize_kernel, constants, types | dict(out="*fp8e4nv"), 8, 3
+        )
+
+
+if __name__ == "__main__":
+    made = list(builds(int(sys.argv[1])))
+    if len(sys.argv) > 2:
+        for i, (_, ptx) in enumerate(made):
+            Path(sys.argv[2], f"{i}.ptx").write_text(ptx)
+    print(json.dumps([report for report, _ in made]))

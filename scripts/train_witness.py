@@ -82,8 +82,8 @@ def main(argv=None):
     plan = stages(*(share * args.seconds for share in SHARES))
     sizes, steps = plan[2][1][:2], 25
     if args.smoke:
-        sizes, steps = ((16, 16), (16, 24)), 2
-        plan = [(stage, sizes, 2 * 16**2, *rest) for stage, _, _, *rest in plan]
+        sizes, steps = ((16, 24),), 2
+        plan = [(stage, sizes, 16 * 24, *rest) for stage, _, _, *rest in plan]
     for stage, grids, pixels, seconds, rates in plan:
         trainer.train(stage, grids, pixels, seconds, rates)
         save_witness(trainer.averaged, family.scheduler(), args.output)

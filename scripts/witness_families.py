@@ -172,14 +172,14 @@ class CogVideoX:
         return _initialise(transformer, ("norm_q", "norm_k"))
 
     def scheduler(self):
-        # The real ones shift the SNR by 3 and 1. Clips this redundant need more noise, as with
-        # the other witnesses' shift.
+        # The real ones shift the SNR by 3 and 1. Clips this redundant need more noise, as in
+        # the other witnesses.
         return CogVideoXDDIMScheduler(
             prediction_type="v_prediction",
             rescale_betas_zero_snr=True,
             clip_sample=False,
             timestep_spacing="trailing",
-            snr_shift_scale=16.0,
+            snr_shift_scale=8.0,
         )
 
     def loss(self, transformer, latents, logit, text, mask):

@@ -1,6 +1,7 @@
 """Load a trained witness and generate clips with the family's stock diffusers pipeline."""
 
 import copy
+import hashlib
 from pathlib import Path
 
 import torch
@@ -28,6 +29,9 @@ class Witness:
         folder: With `transformer` and `scheduler`; `folder_of(name)` by default.
         device: The transformer runs in bf16 on a GPU, in fp32 elsewhere.
 
+    Attributes:
+        fingerprint: Of the transformer's weights.
+
     Raises:
         FileNotFoundError: The witness was not trained yet.
     """
@@ -40,6 +44,9 @@ class Witness:
                 f"There is no witness {name!r} in {folder}; train it: python "
                 f"scripts/train_witness.py --family {name} --output {folder} --report outputs"
             )
+        weights = sorted((folder / "transformer").glob("*.safetensors"))
+        content = b"".join(path.read_bytes() for path in weights)
+        self.fingerprint = hashlib.sha256(content).hexdigest()[:12]
         transformer = self.family.transformer_class.from_pretrained(folder, subfolder="transformer")
         scheduler = self.family.scheduler_class.from_pretrained(folder, subfolder="scheduler")
         self.tokenizer, self.text_encoder, self.vae = load_tiny_parts(device)

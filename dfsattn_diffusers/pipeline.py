@@ -16,6 +16,7 @@ from .hook import StepClock
 from .kernels import list_backends
 from .processors import adapter_for, list_models
 from .report import Report
+from .schedule import config_for_cost
 from .state import DFSAttnState
 
 _TRANSFORMER_NAMES = ("transformer", "transformer_2")
@@ -74,6 +75,8 @@ class DFSAttnHandle:
 def enable_dfsattn(
     pipe_or_transformer: Any,
     config: str | DFSAttnConfig | Mapping[str, Any] | Path = DEFAULT_PRESET,
+    *,
+    cost: float | None = None,
     **overrides: Any,
 ) -> DFSAttnHandle:
     """Switch a pipeline's video attention to DFSAttn.
@@ -82,6 +85,8 @@ def enable_dfsattn(
         pipe_or_transformer: A diffusers pipeline, or its transformer alone.
         config: A preset's name (see `list_presets`), a config, a mapping of config fields, or the
             path of a JSON or YAML file.
+        cost: Attention work of a whole run relative to dense, in (0, 1]: dense share and keep
+            ratios of `config` are scaled alike until they meet it.
         **overrides: Config fields that replace those of `config`.
 
     Returns:
@@ -91,6 +96,8 @@ def enable_dfsattn(
         ValueError: The pipeline is not supported, DFSAttn is on already, or the config is wrong.
     """
     resolved = resolve_config(config, **overrides)
+    if cost is not None:
+        resolved = config_for_cost(resolved, cost)
     transformers, pipe = _find_transformers(pipe_or_transformer)
     return attach_all(transformers, resolved, StepClock(pipe))
 

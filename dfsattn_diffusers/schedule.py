@@ -77,3 +77,50 @@ def decide(
     keep_ratio = config.keep_ratios[min(segment, len(config.keep_ratios) - 1)]
     mode = "reuse" if cached_segment == segment else "refresh"
     return Decision(mode, keep_ratio, segment)
+
+
+def nominal_cost(config: DFSAttnConfig, num_steps: int = 50) -> float:
+    """Attention work of a run relative to dense, from the schedule alone, tail included.
+
+    Long videos come close to it; text, whole blocks and `dense_layers` add to it.
+    """
+    dense = steps_of(config.dense_fraction, num_steps)
+    ratios = [
+        config.keep_ratios[min(segment_of(step, num_steps, config), len(config.keep_ratios) - 1)]
+        for step in range(dense, num_steps)
+    ]
+    kept = sum(ratio + (1 - ratio) * config.tail_cost for ratio in ratios)
+    return (dense + kept) / num_steps
+
+
+def config_for_cost(config: DFSAttnConfig, cost: float, num_steps: int = 50) -> DFSAttnConfig:
+    """A config of this nominal cost: dense share and keep ratios are scaled alike.
+
+    Args:
+        config: Where to start from; everything but `dense_fraction` and `keep_ratios` stays.
+        cost: Attention work relative to dense over a run; in (0, 1].
+        num_steps: Steps of that run.
+
+    Raises:
+        ValueError: The cost is out of range, or less than one dense step and the tail take.
+    """
+    if isinstance(cost, bool) or not isinstance(cost, (int, float)) or not 0 < cost <= 1:
+        raise ValueError(f"cost must be a number in (0, 1]; got {cost!r}.")
+    dense = min(1.0, config.dense_fraction * cost / nominal_cost(config, num_steps))
+    config = config.replace(dense_fraction=dense)
+
+    def scaled(factor: float) -> DFSAttnConfig:
+        return config.replace(keep_ratios=[min(1.0, r * factor) for r in config.keep_ratios])
+
+    low, high = 1e-6, 1 / min(config.keep_ratios)
+    least = nominal_cost(scaled(low), num_steps)
+    if cost < least:
+        raise ValueError(
+            f"cost must be at least {least:.3f} here, what one dense step and the tail take; got "
+            f"{cost}. Set dense_fraction=0, a larger tail_pool or tail=None."
+        )
+    for _ in range(50):
+        middle = (low + high) / 2
+        below = nominal_cost(scaled(middle), num_steps) < cost
+        low, high = (middle, high) if below else (low, middle)
+    return scaled(high)

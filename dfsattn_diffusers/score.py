@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .kernels import Tail, pool_tail
 from .kernels.fast import fast
 
 # Largest slice of the tile affinity that is in memory at a time.
@@ -91,3 +92,48 @@ def score_blocks(
         per_block = per_block.unflatten(2, (-1, tiles_per_query_block))
         scores[:, :, start:stop] = (per_block * weight[:, None, start:stop, :, None]).sum(3)
     return scores
+
+
+def pool_spread(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_lengths: Tensor,
+    pool_lengths: Tensor,
+    *,
+    pools_per_key_block: int,
+    scale: float,
+) -> Tensor:
+    """How far pools of keys and values are from the tokens that they stand for.
+
+    The standard deviation of a query's logits within a pool, `scale * sqrt(sum_d q_d^2 var_d(k))`,
+    times that of the values, `sqrt(sum_d var_d(v))`: to first order, the error of attention that
+    the pool would make per unit of its mass. Squares are averaged over a query block's queries and
+    over a key block's tokens.
+
+    Args:
+        q: `[B, H, Pq, D]`.
+        k, v: `[B, H, Pk, D]`.
+        query_lengths: `[B or 1, nQ]` int32, real queries at the front of each query block.
+        pool_lengths: `[B or 1, P]` int32, real keys at the front of each pool.
+        pools_per_key_block: Divides `P`.
+        scale: Of the logits.
+
+    Returns:
+        `[B, H, nQ, nK]` float32, not negative; 0 for blocks without keys or queries.
+    """
+    queries = _moments(q, query_lengths)
+    energy = queries.variance.float() + queries.keys.float().square()
+    weight = pool_lengths.float().unflatten(1, (-1, pools_per_key_block))
+    weight = (weight / weight.sum(2, keepdim=True).clamp(min=1))[:, None, ..., None]
+
+    def of_blocks(x):
+        variance = _moments(x, pool_lengths).variance.float()
+        return (variance.unflatten(2, (-1, pools_per_key_block)) * weight).sum(3)
+
+    values = of_blocks(v).sum(-1)
+    return (energy @ of_blocks(k).transpose(2, 3) * values[:, :, None]).sqrt_().mul_(scale)
+
+
+def _moments(x: Tensor, lengths: Tensor) -> Tail:
+    return pool_tail(x, x, pool=x.shape[2] // lengths.shape[1], lengths=lengths, moment=True)

@@ -38,6 +38,7 @@ def row_budget(keep_ratio: float, num_blocks: int) -> int:
 
 def select_blocks(
     scores: Tensor,
+    spread: Tensor | None = None,
     *,
     keep_ratio: float,
     query_lengths: Tensor,
@@ -54,6 +55,8 @@ def select_blocks(
     Args:
         scores: `[B, H, nQv, nK]` of the video query blocks over all key blocks, text last; rows
             sum to 1.
+        spread: Of the scores' shape, the error per mass of what would stand for a block that is not
+            kept; None keeps the highest scores, else those of highest score times spread are kept.
         keep_ratio: Share of the video key blocks to keep; text is outside this budget.
         query_lengths: `[B or 1, nQ]` real queries per query block, text last.
         key_lengths: `[B or 1, nK]` real keys per key block, text last.
@@ -75,7 +78,7 @@ def select_blocks(
     mask = scores.new_zeros(
         batch, heads, num_rows + num_text_query_blocks, num_blocks, dtype=torch.bool
     )
-    candidates = scores[..., :num_video_key_blocks]
+    candidates = (scores if spread is None else scores * spread)[..., :num_video_key_blocks]
     mask[:, :, :num_rows, :num_video_key_blocks] = _keep_highest(candidates, kept_per_row, budget)
     mask[:, :, :, text_start:] = True
     mask[:, :, num_rows:] = True

@@ -163,7 +163,10 @@ class DFSAttnState:
 
     def store(self, layer: int, batch: int, segment: int, selection: Selection) -> None:
         """Keep a new selection for the calls to come."""
-        use = MapUse(selection.density, selection.recall, calls=1)
+        # The tail does a little work for everything that is not kept.
+        tail = self.config.tail_cost
+        density = selection.density * (1 - tail) + tail
+        use = MapUse(density, selection.recall, calls=1)
         self._runs[-1].modes["refresh"] += 1
         self._runs[-1].maps.append(use)
         self._maps[self._key(layer)] = _CachedMap(

@@ -14,7 +14,7 @@ from fidelity_report import HEADER, drawing, groups, rows_of, title_of
 
 from dfsattn_diffusers import list_presets
 from dfsattn_diffusers.configs import resolve_config
-from dfsattn_diffusers.schedule import decide
+from dfsattn_diffusers.schedule import nominal_cost
 
 ROOT = Path(__file__).parent.parent
 STEPS = 50
@@ -23,12 +23,6 @@ STEPS = 50
 def markdown(header, rows):
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def nominal_density(config):
-    """Attention work relative to dense over a run, from the schedule alone."""
-    at = dict(video_tokens=10**6, cached_segment=None)
-    return sum(decide(i, STEPS, 0, config, **at).keep_ratio for i in range(STEPS)) / STEPS
 
 
 def presets():
@@ -41,7 +35,7 @@ def presets():
                 f"{config.dense_fraction:.0%}",
                 ", ".join(f"{ratio:g}" for ratio in config.keep_ratios),
                 f"per {config.budget}",
-                f"{nominal_density(config):.2f}",
+                f"{nominal_cost(config):.2f}",
             ]
         )
     header = ["preset", "dense share of the steps", "kept ratios", "budget", "density at 50 steps"]

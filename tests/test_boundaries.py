@@ -26,7 +26,9 @@ ARROWS = {
     "processors": {"_versions", "attention", "kernels", "layout", "state"},
     "hook": {"processors", "state"},
     "attachment": {"hook", "processors", "state"},
-    "pipeline": {"attachment", "configs", "hook", "kernels", "processors", "report", "state"},
+    "pipeline": {
+        "attachment", "configs", "hook", "kernels", "processors", "report", "schedule", "state",
+    },
     "bare": {"attachment", "configs", "hook", "pipeline", "processors"},
     "metrics": set(),
     "env": {"__version__", "kernels"},

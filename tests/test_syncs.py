@@ -9,6 +9,7 @@ import dfsattn_diffusers.attention
 from dfsattn_diffusers import DFSAttnConfig, DFSAttnProcessor, enable_dfsattn
 
 SPARSE = DFSAttnConfig(keep_ratios=(0.5, 0.4, 0.3), tile_size=8, query_block=32, key_block=32)
+BEYOND = SPARSE.replace(tail="moment", tail_pool=16, budget="layer", selection="error")
 # Operators whose result the host waits for on an accelerator, whatever device the tests run on.
 SYNCS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "is_nonzero")
 

@@ -11,8 +11,9 @@ from typing import Any
 
 ORDERS = ("hilbert3d", "hilbert2d", "cuboid", "raster")
 BUDGETS = ("row", "head", "layer")
-SELECTIONS = ("mass",)
-_CHOICES = {"order": ORDERS, "budget": BUDGETS, "selection": SELECTIONS}
+SELECTIONS = ("mass", "error")
+TAILS = (None, "mean", "moment")
+_CHOICES = {"order": ORDERS, "budget": BUDGETS, "selection": SELECTIONS, "tail": TAILS}
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,15 @@ class DFSAttnConfig:
         tile_size: Tokens averaged into one tile for scoring; finer scores better, costs more.
         query_block: Query tokens that share one selection.
         key_block: Key tokens kept or dropped together.
-        tail: Approximation of what is not kept; None drops it, as the paper does.
+        tail: Approximation of what is not kept: None drops it, as the paper does; "mean" lets the
+            means of pools of keys and values stand for it; "moment" also corrects the pools'
+            weights by the variance of their keys.
+        tail_pool: Keys of one pool; divides key_block. Smaller is closer and costs more.
         budget: Rows among which the kept blocks are shared: "row" gives every query block the
             same number, "head" and "layer" give more to those that need more.
-        selection: Ranking of blocks: "mass" is estimated attention mass.
+        selection: Ranking of blocks: "mass" is estimated attention mass; "error", for use with a
+            tail, is mass times the spread of logits and of values within the pools, so that what
+            the tail would get most wrong is kept.
         dense_layers: Indices of layers that stay dense in every step.
         min_tokens: With fewer video tokens than this, attention stays dense.
         share_maps_across_branches: Use the first guidance branch's map for the others too, where
@@ -61,6 +67,7 @@ class DFSAttnConfig:
     query_block: int = 128
     key_block: int = 128
     tail: str | None = None
+    tail_pool: int = 64
     budget: str = "row"
     selection: str = "mass"
     dense_layers: tuple[int, ...] = ()
@@ -79,13 +86,14 @@ class DFSAttnConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}."
+                    f"{name} must be one of {', '.join(map(str, choices))}; got "
+                    f"{getattr(self, name)!r}."
                 )
         self._check_blocks()
-        if self.tail is not None:
+        if self.selection == "error" and self.tail is None:
             raise ValueError(
-                f"tail must be None, got {self.tail!r}: this release drops the blocks that are not "
-                "kept, as the paper does."
+                'selection "error" ranks blocks by what the tail gets wrong; got tail=None. Set '
+                'tail="mean" or "moment", or selection="mass".'
             )
         for layer in self.dense_layers:
             _check_int("dense_layers", layer, least=0)
@@ -110,7 +118,7 @@ class DFSAttnConfig:
             )
 
     def _check_blocks(self) -> None:
-        for name in ("tile_size", "query_block", "key_block"):
+        for name in ("tile_size", "query_block", "key_block", "tail_pool"):
             _check_int(name, getattr(self, name), least=1)
         for name in ("query_block", "key_block"):
             if getattr(self, name) % self.tile_size:
@@ -118,12 +126,23 @@ class DFSAttnConfig:
                     f"tile_size must divide {name}; got tile_size {self.tile_size} and {name} "
                     f"{getattr(self, name)}."
                 )
+        if self.tail is not None and self.key_block % self.tail_pool:
+            raise ValueError(
+                f"tail_pool must divide key_block; got tail_pool {self.tail_pool} and key_block "
+                f"{self.key_block}."
+            )
         small, large = sorted((self.query_block, self.key_block))
         if large % small:
             raise ValueError(
                 "One of query_block and key_block must divide the other; got "
                 f"{self.query_block} and {self.key_block}."
             )
+
+    @property
+    def tail_cost(self) -> float:
+        """Work for a key that is not kept, relative to one that is: 0 where it is dropped."""
+        products = {None: 0.0, "mean": 1.0, "moment": 1.5}[self.tail]
+        return products / self.tail_pool
 
     def replace(self, **changes: Any) -> DFSAttnConfig:
         """A copy with some fields changed; an unknown name raises `ValueError`."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .backends import AttentionCall, list_backends, load_backend
 from .block_map import BlockMap
+from .tail import Tail, add_tail
 
 __all__ = ["Explanation", "block_sparse_attention", "explain", "list_backends"]
 
@@ -40,7 +41,7 @@ def block_sparse_attention(
     scale: float | None = None,
     key_lengths: Tensor | None = None,
     full_key_blocks: int | None = None,
-    tail: None = None,
+    tail: Tail | None = None,
     output_order: Tensor | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
@@ -61,7 +62,8 @@ def block_sparse_attention(
             block is full but for the end of the sequence.
         full_key_blocks: Key blocks before this index are full in every batch row, so that kernels
             need no check there. `Nk // key_block` by default, 0 with `key_lengths`.
-        tail: Reserved for an approximation of the dropped blocks; must be None.
+        tail: Pools of the keys and values (`pool_tail`) that stand for the blocks a row does not
+            keep; `add_tail` states the formula. None drops these blocks.
         output_order: `[Nq]` int32, the row of `out` where each query's result goes; -1 drops it.
         out: `[B, H, M, D]` of q's dtype to write into; rows that no query maps to stay as they
             are. `M = Nq` without `output_order`.
@@ -93,6 +95,8 @@ def block_sparse_attention(
             f"backend {backend!r} cannot do this call: {reason}; or pass backend='auto'"
         )
     module.forward(call)
+    if tail is not None:
+        add_tail(call, tail)
     return (call.out, call.lse) if return_lse else call.out
 
 
@@ -105,7 +109,7 @@ def explain(
     scale: float | None = None,
     key_lengths: Tensor | None = None,
     full_key_blocks: int | None = None,
-    tail: None = None,
+    tail: Tail | None = None,
     output_order: Tensor | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
@@ -141,8 +145,6 @@ def _choose(call: AttentionCall) -> Explanation:
 def _checked_call(
     q, k, v, block_map, scale, key_lengths, full_key_blocks, tail, output_order, out, return_lse
 ) -> AttentionCall:
-    if tail is not None:
-        raise ValueError(f"tail must be None, got {type(tail).__name__}; no backend has tails yet")
     _check_tensors(q, k, v)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise RuntimeError(
@@ -150,6 +152,8 @@ def _checked_call(
             "call it under torch.no_grad()"
         )
     _check_map(q, k, block_map)
+    if tail is not None:
+        _check_tail(q, tail, block_map)
     batch, _, num_queries, head_dim = q.shape
     num_blocks, key_block = block_map.num_key_blocks, block_map.key_block
 
@@ -171,7 +175,9 @@ def _checked_call(
         if out is None:
             raise ValueError("output_order needs out, the tensor that it points into, got None")
     out = _check_out(q, out, ordered=output_order is not None)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
+    # Whoever adds the tail must know the weight of what is kept.
+    with_lse = return_lse or tail is not None
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if with_lse else None
     return AttentionCall(
         q, k, v, block_map, scale, key_lengths, full_key_blocks, output_order, out, lse
     )
@@ -230,6 +236,29 @@ def _check_int32(name: str, x: Tensor, shape: list[int], device: torch.device) -
         raise ValueError(
             f"{name} must be int32 {shape} on {device}, got {x.dtype} {list(x.shape)} on {x.device}"
         )
+
+
+def _check_tail(q: Tensor, tail: Tail, block_map: BlockMap) -> None:
+    if not isinstance(tail, Tail):
+        raise ValueError(f"tail must be a Tail, got {type(tail).__name__}; make one by pool_tail")
+    batch, heads, _, head_dim = q.shape
+    pools, blocks = tail.keys.shape[2], block_map.num_key_blocks
+    if pools % blocks or block_map.key_block % max(1, pools // blocks):
+        raise ValueError(
+            f"tail must have as many pools for each of the {blocks} key blocks, of a size that "
+            f"divides {block_map.key_block}, got {pools} in all"
+        )
+    wanted = dict.fromkeys(("keys", "values"), ([batch, heads, pools, head_dim], q.dtype))
+    if tail.variance is not None:
+        wanted["variance"] = wanted["keys"]
+    wanted["log_counts"] = [batch, pools], torch.float32
+    for name, (shape, dtype) in wanted.items():
+        x = getattr(tail, name)
+        if (list(x.shape), x.dtype, x.device) != (shape, dtype, q.device):
+            raise ValueError(
+                f"tail.{name} must be {dtype} {shape} on {q.device}, got {x.dtype} {list(x.shape)} "
+                f"on {x.device}; make it by pool_tail"
+            )
 
 
 def _check_out(q: Tensor, out: Tensor | None, *, ordered: bool) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -120,14 +121,16 @@ class BlockMap:
     def pack(self) -> PackedBlockMap:
         """The same map in one bit per block, for keeping."""
         return PackedBlockMap(
-            self._bits(),
+            self.bits,
             self.indices.shape[-1],
             self.num_key_blocks,
             self.query_block,
             self.key_block,
         )
 
-    def _bits(self) -> Tensor:
+    @cached_property
+    def bits(self) -> Tensor:
+        """`[B, H, nQ, ceil(nK / 8)]` uint8 as in `PackedBlockMap`; computed once."""
         if kernels := fast("map_kernels", self.counts):
             return kernels.pack_bits(self.counts, self.indices, self.num_key_blocks)
         mask = F.pad(self.to_mask().to(torch.uint8), (0, -self.num_key_blocks % 8))
@@ -158,6 +161,11 @@ class PackedBlockMap:
 
     def unpack(self) -> BlockMap:
         """The map that was packed, exactly."""
+        block_map = self._listed()
+        vars(block_map)["bits"] = self.bits
+        return block_map
+
+    def _listed(self) -> BlockMap:
         if kernels := fast("map_kernels", self.bits):
             lists = kernels.list_blocks(self.bits, self.num_key_blocks, self.max_count, packed=True)
             return BlockMap(*lists, self.num_key_blocks, self.query_block, self.key_block)

@@ -74,7 +74,7 @@ class LayerProcessor:
         if text_lengths is not None:
             text_lengths = text_lengths.to(query.device)
         reuse = decision.mode == "reuse"
-        out, selection = sparse_attention(
+        out, selected = sparse_attention(
             query,
             key,
             value,
@@ -82,11 +82,14 @@ class LayerProcessor:
             state.block_map(self.layer, batch) if reuse else None,
             keep_ratio=decision.keep_ratio,
             budget=state.config.budget,
+            selection=state.config.selection,
+            tail=state.config.tail,
+            tail_pool=state.config.tail_pool,
             text_lengths=text_lengths,
             backend=state.config.backend,
         )
-        if selection is not None:
-            state.store(self.layer, batch, decision.segment, selection)
+        if selected is not None:
+            state.store(self.layer, batch, decision.segment, selected)
         return out
 
     def _check_tokens(self, tokens: int) -> None:

@@ -4,12 +4,23 @@ import pytest
 import torch
 from kernel_cases import ON_CUDA
 
-from dfsattn_diffusers.kernels import BlockMap, block_sparse_attention, explain, list_backends
+from dfsattn_diffusers.kernels import (
+    BlockMap,
+    Tail,
+    block_sparse_attention,
+    explain,
+    list_backends,
+)
 
 Q = torch.randn(1, 2, 200, 64)
 MAP = BlockMap.full(1, 2, 2, 2, query_block=128, key_block=128)
 LENGTHS = torch.full((1, 2), 72, dtype=torch.int32)
 ORDER = torch.arange(200, dtype=torch.int32)
+
+
+def tail(pools, dtype=torch.float32):
+    x = torch.zeros(1, 2, pools, 64, dtype=dtype)
+    return Tail(x, x, torch.zeros(1, pools))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +49,10 @@ ORDER = torch.arange(200, dtype=torch.int32)
         (dict(key_lengths=LENGTHS[0]), r"key_lengths must be int32 \[1, 2\] on cpu, got .* \[2\]"),
         (dict(full_key_blocks=2), "full_key_blocks must be an int from 0 to 1, .* 200 keys, got 2"),
         (dict(full_key_blocks=-1), "full_key_blocks must be an int from 0 to 1, .* got -1"),
-        (dict(tail=Q), "tail must be None, got Tensor"),
+        (dict(tail=Q), "tail must be a Tail, got Tensor; make one by pool_tail"),
+        (dict(tail=tail(3)), "as many pools for each of the 2 key blocks, .* 128, got 3 in all"),
+        (dict(tail=tail(6)), "as many pools for each of the 2 key blocks, .* 128, got 6 in all"),
+        (dict(tail=tail(4, torch.half)), r"tail.keys must be torch.float32 \[1, 2, 4, 64\] on cpu"),
         (dict(output_order=ORDER), "output_order needs out, .* got None"),
         (
             dict(output_order=ORDER[:100], out=Q.clone()),

@@ -30,7 +30,8 @@ def test_fits_the_gpu(arch):
     for build in builds:
         assert build["shared"] <= SHARED_MEMORY[arch], build
         assert build["spilled"] == 0, build
-        assert build["wgmma"] == (arch == 90 and build["kernel"] == "score_kernel"), build
+        products = build["kernel"] in ("score_kernel", "add_kernel")
+        assert build["wgmma"] == (arch == 90 and products), build
 
 
 def compile_for(arch, kernel, constants, num_warps=4, num_stages=3, types=()):
@@ -53,7 +54,7 @@ def compile_for(arch, kernel, constants, num_warps=4, num_stages=3, types=()):
         {
             (i,): [["tt.divisibility", 16]]
             for i, (name, kind) in enumerate(signature.items())
-            if kind.startswith("*") or name.startswith("stride_x")
+            if kind.startswith("*") or name.startswith("stride_")
         },
     )
     options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
@@ -80,7 +81,7 @@ def compile_for(arch, kernel, constants, num_warps=4, num_stages=3, types=()):
 
 
 def builds(arch):
-    from dfsattn_diffusers.kernels import map_kernels, tile_scores, top_blocks
+    from dfsattn_diffusers.kernels import map_kernels, tail_kernels, tile_scores, top_blocks
 
     s = tile_scores.SETTINGS[arch]
     scores = dict(query_lengths="*i32", key_lengths="*i32", scores="*fp32", scale_log2="fp32")
@@ -104,6 +105,40 @@ def builds(arch):
         tile_scores.pool_kernel,
         dict(SIZE=16, D=128, TILES=16),
         types=dict(x="*bf16", lengths="*i32", out="*fp32"),
+    )
+    s = tail_kernels.SETTINGS[arch]
+    halves = dict.fromkeys(("q", "k", "v", "keys", "values", "variance", "out"), "*bf16")
+    halves |= dict(log_counts="*fp32", lse="*fp32", bits="*u8", scale="fp32")
+    halves |= dict.fromkeys(("lengths", "counts", "output_order"), "*i32")
+    for head_dim, moment in ((64, True), (128, False), (128, True)):
+        yield compile_for(
+            arch,
+            tail_kernels.add_kernel,
+            dict(
+                D=head_dim,
+                QUERIES=128,
+                POOLS=tail_kernels.pools_per_step(s, head_dim, moment),
+                PER_BLOCK=4,
+                MOMENT=moment,
+                ORDERED=True,
+            ),
+            s.num_warps,
+            s.num_stages,
+            {
+                name: kind
+                for name, kind in halves.items()
+                if name in tail_kernels.add_kernel.arg_names
+            },
+        )
+    yield compile_for(
+        arch,
+        tail_kernels.pool_kernel,
+        dict(SIZE=32, D=128, MOMENT=True),
+        types={
+            name: kind
+            for name, kind in halves.items()
+            if name in tail_kernels.pool_kernel.arg_names
+        },
     )
     pointers = dict.fromkeys(("counts", "indices", "prefix", "left", "ties", "histogram"), "*i32")
     pointers |= dict(source="*u8", bits="*u8", mask="*u8", scores="*fp32")

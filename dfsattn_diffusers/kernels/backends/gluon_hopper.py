@@ -320,8 +320,6 @@ def why_not(call: AttentionCall) -> str | None:
     head_dim, block_map = call.q.shape[-1], call.block_map
     if not _is_hopper(call.q.device):
         return f"it needs a CUDA device of capability 9.0, got {_device_name(call.q.device)}"
-    if getattr(call, "tail", None) is not None:
-        return "it does not know tails"
     if call.q.dtype not in _DTYPES:
         return f"it needs {' or '.join(map(str, _DTYPES))}, got {call.q.dtype}"
     blocks = (block_map.query_block, block_map.key_block)

@@ -1,0 +1,117 @@
+"""Pools of keys and values that stand for the blocks a row does not keep: the specification."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .backends import AttentionCall
+from .fast import fast
+
+# Largest slice of the pools' logits that is in memory at a time.
+_CHUNK_ELEMENTS = 2**23
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Pools of consecutive keys, `P = nK * (key_block // pool)`.
+
+    Attributes:
+        keys, values: `[B, H, P, D]` means over real tokens, in the keys' dtype; 0 for empty pools.
+        log_counts: `[B, P]` float32, log of the real tokens; -inf for an empty pool.
+        variance: `[B, H, P, D]` population variance of the keys in their dtype, or None.
+    """
+
+    keys: Tensor
+    values: Tensor
+    log_counts: Tensor
+    variance: Tensor | None = None
+
+
+def pool_tail(k: Tensor, v: Tensor, *, pool: int, lengths: Tensor, moment: bool) -> Tail:
+    """Pool keys and values.
+
+    Args:
+        k, v: `[B, H, P * pool, D]`; what lies behind a pool's length is never used.
+        pool: Keys of one pool.
+        lengths: `[B or 1, P]` int32, real keys at the front of each pool.
+        moment: Also compute the variance of the keys.
+    """
+    log_counts = lengths.float().log().expand(k.shape[0], -1)
+    kernels = fast("tail_kernels", k)
+    if kernels and kernels.can_pool(k, v, pool):
+        keys, values, variance = kernels.pool(k, v, pool, lengths, moment)
+        return Tail(keys, values, log_counts, variance)
+    real = (torch.arange(pool, device=k.device) < lengths[..., None])[:, None, :, :, None]
+    count = lengths.clamp(min=1)[:, None, :, None]
+    wide = torch.promote_types(k.dtype, torch.float32)
+
+    def split(x):
+        return x.unflatten(2, (-1, pool)).to(wide).masked_fill(~real, 0)
+
+    keys = split(k)
+    mean, value, variance = keys.sum(3) / count, split(v).sum(3) / count, None
+    if moment:
+        centred = (keys - mean[:, :, :, None]).masked_fill_(~real, 0)
+        variance = (centred.square_().sum(3) / count).to(k.dtype)
+    return Tail(mean.to(k.dtype), value.to(v.dtype), log_counts, variance)
+
+
+def add_tail(call: AttentionCall, tail: Tail) -> None:
+    """Let the pools of every block that a row does not keep join its softmax, in place.
+
+    A pool of `n` keys has the logit `scale * q . mean(k) + log n`, and with a variance
+    `+ log cosh s`, `s = scale * sqrt(sum_d q_d^2 var_d(k))`: the log-mean-exp of two equal halves
+    at `-s` and `s`. That is `s^2 / 2` where the spread is small, as for a normal distribution, and
+    grows like `s` where it is not: there half the variance would let a pool outweigh its own keys.
+
+    Args:
+        call: Done, with its log-sum-exp; `out` and `lse` are updated.
+        tail: Pools of the call's keys.
+
+    Source: block means in place of what is dropped: PISA, arXiv 2602.01077, Sol-Attn, 2607.24027.
+    """
+    kernels = fast("tail_kernels", call.q)
+    if kernels and kernels.can_add(call, tail):
+        kernels.add(call, tail)
+        return
+    block_map, wide = call.block_map, torch.promote_types(call.q.dtype, torch.float32)
+    batch, heads, num_queries, _ = call.q.shape
+    pools, size = tail.keys.shape[2], block_map.query_block
+    keys, values = (x.to(wide) for x in (tail.keys, tail.values))
+    dropped = ~block_map.to_mask()
+    target = torch.arange(num_queries, device=call.q.device)
+    if call.output_order is not None:
+        target = call.output_order.long()
+    # One more row takes what is dropped, so that nothing waits for the number of rows left.
+    room = F.pad(call.out, (0, 0, 0, 1))
+    target = torch.where(target < 0, call.out.shape[2], target)
+
+    rows = max(1, _CHUNK_ELEMENTS // (batch * heads * pools * size))
+    for start in range(0, block_map.counts.shape[2], rows):
+        part = slice(start * size, min((start + rows) * size, num_queries))
+        q, lse, place = call.q[:, :, part].to(wide), call.lse[:, :, part, None], target[part]
+        logits = q @ keys.transpose(2, 3) * call.scale + tail.log_counts[:, None, None]
+        if tail.variance is not None:
+            square = q.square() @ tail.variance.to(wide).transpose(2, 3)
+            logits += _log_cosh(square.sqrt_() * call.scale)
+        absent = dropped[:, :, start : start + rows].repeat_interleave(size, 2)[:, :, : q.shape[2]]
+        absent = absent.repeat_interleave(pools // block_map.num_key_blocks, 3)
+        logits.masked_fill_(~absent, float("-inf"))
+        peak = torch.maximum(logits.amax(-1, keepdim=True), lse)
+        peak = peak.masked_fill(peak == float("-inf"), 0)
+        weights, kept = (logits - peak).exp(), (lse - peak).exp()
+        total = weights.sum(-1, keepdim=True) + kept
+        out = room[:, :, place].to(wide) * kept + weights @ values
+        out = (out / total).masked_fill_(total == 0, 0)
+        room.index_copy_(2, place, out.to(room.dtype))
+        call.lse[:, :, part] = (peak + total.log()).squeeze(-1)
+    call.out.copy_(room[:, :, :-1])
+
+
+def _log_cosh(x: Tensor) -> Tensor:
+    return x + torch.log1p((-2 * x).exp()) - math.log(2)

@@ -1,0 +1,290 @@
+"""Triton kernels of the tail: pooling keys and values, and the pass that adds the pools.
+
+The specification is the torch code in `tail.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LaunchSettings:
+    """How to launch the adding kernel.
+
+    Attributes:
+        pools: Pools of one loop step.
+        num_warps: Of one program with 128 queries.
+        num_stages: Depth of the pipeline over pools.
+    """
+
+    pools: int
+    num_warps: int
+    num_stages: int
+
+
+# By compute capability; not yet measured.
+SETTINGS = {
+    80: LaunchSettings(64, 8, 2),
+    86: LaunchSettings(32, 8, 2),
+    90: LaunchSettings(64, 8, 2),
+}
+SETTINGS |= {89: SETTINGS[86], 100: SETTINGS[80], 120: SETTINGS[86]}
+
+
+@triton.jit(do_not_specialize=["H", "P", "stride_lengths"])
+def pool_kernel(
+    k,
+    v,
+    lengths,
+    keys,
+    values,
+    variance,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_lengths,
+    H,
+    P,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+    MOMENT: tl.constexpr,
+):
+    """One pool of one head."""
+    i_p, i_bh = tl.program_id(0), tl.program_id(1)
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    i_length = tl.load(lengths + i_b * stride_lengths + i_p)
+    # [SIZE]
+    o_n = tl.arange(0, SIZE)
+    m_n = o_n < i_length
+    o_row = i_p.to(tl.int64) * SIZE + o_n
+    o_d = tl.arange(0, D)
+    f_count = tl.maximum(i_length, 1).to(tl.float32)
+    p_k = k + i_b * stride_kb + i_h * stride_kh + o_row[:, None] * stride_kn + o_d[None, :]
+    p_v = v + i_b * stride_vb + i_h * stride_vh + o_row[:, None] * stride_vn + o_d[None, :]
+    # [SIZE, D]; padding may be NaN: it is not read
+    b_k = tl.load(p_k, mask=m_n[:, None], other=0.0).to(tl.float32)
+    b_v = tl.load(p_v, mask=m_n[:, None], other=0.0).to(tl.float32)
+    # [D]
+    b_mean = tl.sum(b_k, 0) / f_count
+    o_out = (i_bh.to(tl.int64) * P + i_p) * D + o_d
+    tl.store(keys + o_out, b_mean.to(keys.dtype.element_ty))
+    tl.store(values + o_out, (tl.sum(b_v, 0) / f_count).to(values.dtype.element_ty))
+    if MOMENT:
+        b_k = tl.where(m_n[:, None], b_k - b_mean[None, :], 0.0)
+        tl.store(variance + o_out, (tl.sum(b_k * b_k, 0) / f_count).to(variance.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["H", "N_Q", "P", "N_BLOCKS", "N_BYTES"])
+def add_kernel(
+    q,
+    keys,
+    values,
+    variance,
+    log_counts,
+    out,
+    lse,
+    counts,
+    bits,
+    output_order,
+    scale,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    H,
+    N_Q,
+    P,
+    N_BLOCKS,
+    N_BYTES,
+    D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    POOLS: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    MOMENT: tl.constexpr,
+    ORDERED: tl.constexpr,
+):
+    """One query block of one head: its softmax goes on over the pools of what it does not keep."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    i_q, i_bh = tl.program_id(0), tl.program_id(1)
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    i_row = i_bh.to(tl.int64) * tl.num_programs(0) + i_q
+    if tl.load(counts + i_row) == N_BLOCKS:
+        return
+    # [QUERIES]
+    o_q = i_q * QUERIES + tl.arange(0, QUERIES)
+    m_q = o_q < N_Q
+    o_out = o_q
+    if ORDERED:
+        o_out = tl.load(output_order + o_q, mask=m_q, other=-1)
+    m_out = m_q & (o_out >= 0)
+    o_d = tl.arange(0, D)
+    p_q = q + i_b * stride_qb + i_h * stride_qh + o_q.to(tl.int64)[:, None] * stride_qn
+    p_out = out + i_b * stride_ob + i_h * stride_oh + o_out.to(tl.int64)[:, None] * stride_on
+    p_lse = lse + i_bh.to(tl.int64) * N_Q + o_q
+    # [QUERIES, D]
+    b_q = tl.load(p_q + o_d[None, :], mask=m_q[:, None], other=0.0)
+    b_out = tl.load(p_out + o_d[None, :], mask=m_out[:, None], other=0.0).to(tl.float32)
+    if MOMENT:
+        # Times the scale: squares of float16 stay within its range.
+        b_square = b_q.to(tl.float32)
+        b_square = (b_square * b_square * scale).to(b_q.dtype)
+    # [QUERIES], in base 2
+    b_max = tl.load(p_lse, mask=m_q, other=float("-inf")) * LOG2_E
+    b_sum = tl.where(b_max == float("-inf"), 0.0, 1.0)
+
+    p_pools = i_bh.to(tl.int64) * P * D + o_d[None, :]
+    for i_p in range(0, P, POOLS):
+        # [POOLS]
+        o_p = i_p + tl.arange(0, POOLS)
+        m_p = o_p < P
+        o_block = o_p // PER_BLOCK
+        b_byte = tl.load(bits + i_row * N_BYTES + o_block // 8, mask=m_p, other=255)
+        m_kept = ((b_byte.to(tl.int32) >> (o_block % 8)) & 1) > 0
+        b_count = tl.load(log_counts + i_b * P + o_p, mask=m_p & ~m_kept, other=float("-inf"))
+        # [POOLS, D]
+        o_pool = p_pools + o_p.to(tl.int64)[:, None] * D
+        b_k = tl.load(keys + o_pool, mask=m_p[:, None], other=0.0)
+        b_v = tl.load(values + o_pool, mask=m_p[:, None], other=0.0)
+        # [QUERIES, POOLS]
+        b_s = tl.dot(b_q, tl.trans(b_k)) * (scale * LOG2_E) + (b_count * LOG2_E)[None, :]
+        if MOMENT:
+            b_k = tl.load(variance + o_pool, mask=m_p[:, None], other=0.0)
+            b_spread = tl.sqrt(tl.dot(b_square, tl.trans(b_k)) * scale) * LOG2_E
+            b_s += b_spread + tl.log2(1.0 + tl.exp2(-2.0 * b_spread)) - 1.0
+        # [QUERIES]
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_decay = tl.exp2(b_max - b_shift)
+        # [QUERIES, POOLS]
+        b_p = tl.exp2(b_s - b_shift[:, None])
+        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None])
+        b_max = b_new
+
+    b_lse = (b_max + tl.log2(b_sum)) / LOG2_E
+    tl.store(p_lse, b_lse, mask=m_q)
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
+    b_out = b_out / b_sum[:, None]
+    tl.store(p_out + o_d[None, :], b_out.to(out.dtype.element_ty), mask=m_out[:, None])
+
+
+_INTERPRETED = not isinstance(add_kernel, triton.JITFunction)
+# The interpreter multiplies bfloat16 matrices wrongly.
+_DTYPES = (torch.float16, torch.float32) if _INTERPRETED else (torch.bfloat16, torch.float16)
+
+
+def settings_for(x: Tensor) -> LaunchSettings:
+    """The table's entry for x's device."""
+    major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+    return SETTINGS[max(arch for arch in SETTINGS if arch <= major * 10 + minor)]
+
+
+def pools_per_step(settings: LaunchSettings, head_dim: int, moment: bool) -> int:
+    """Squares of queries and a third product take the registers of half the pools."""
+    return settings.pools // 2 if moment and head_dim == 128 else settings.pools
+
+
+def can_pool(k: Tensor, v: Tensor, pool: int) -> bool:
+    """Whether `pool` serves these: powers of two, rows contiguous."""
+    sizes = (pool, k.shape[-1])
+    powers = all(size & (size - 1) == 0 for size in sizes) and pool <= 128 and k.shape[-1] <= 256
+    return powers and k.dtype != torch.float64 and k.stride(-1) == v.stride(-1) == 1
+
+
+def pool(
+    k: Tensor, v: Tensor, size: int, lengths: Tensor, moment: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Means of keys and of values, and the variance of keys or None, read once.
+
+    Args:
+        k, v: `[B, H, P * size, D]`, last dimension contiguous.
+        size: Keys of one pool.
+        lengths: `[B or 1, P]` int32, real keys at the front of each pool.
+        moment: Whether to compute the variance.
+
+    Returns:
+        Each `[B, H, P, D]` in the inputs' dtype; 0 for a pool without keys.
+    """
+    batch, heads, _, head_dim = k.shape
+    pools, lengths = lengths.shape[1], lengths.contiguous()
+    keys = k.new_empty(batch, heads, pools, head_dim)
+    values = torch.empty_like(keys)
+    variance = torch.empty_like(keys) if moment else None
+    with torch.cuda.device_of(k):
+        pool_kernel[pools, batch * heads](
+            k,
+            v,
+            lengths,
+            keys,
+            values,
+            variance,
+            *k.stride()[:3],
+            *v.stride()[:3],
+            pools if lengths.shape[0] > 1 else 0,
+            heads,
+            pools,
+            SIZE=size,
+            D=head_dim,
+            MOMENT=moment,
+            num_warps=4 if size * head_dim >= 2048 else 1,
+            enable_fp_fusion=True,
+        )
+    return keys, values, variance
+
+
+def can_add(call, tail) -> bool:
+    """Whether `add` serves this call: its precision, head dim and query block."""
+    return (
+        call.q.dtype in _DTYPES
+        and call.q.shape[-1] in (64, 128)
+        and call.block_map.query_block in (64, 128)
+    )
+
+
+def add(call, tail) -> None:
+    """Let the pools join the call's softmax; `tail.add_tail` says how. Waits for nothing."""
+    block_map, settings = call.block_map, settings_for(call.q)
+    batch, heads, num_queries, head_dim = call.q.shape
+    pools, num_rows = tail.keys.shape[2], block_map.counts.shape[2]
+    size, order = block_map.query_block, call.output_order
+    with torch.cuda.device_of(call.q):
+        add_kernel[num_rows, batch * heads](
+            call.q,
+            tail.keys.contiguous(),
+            tail.values.contiguous(),
+            None if tail.variance is None else tail.variance.contiguous(),
+            tail.log_counts.contiguous(),
+            call.out,
+            call.lse,
+            block_map.counts.contiguous(),
+            block_map.bits,
+            None if order is None else order.contiguous(),
+            call.scale,
+            *call.q.stride()[:3],
+            *call.out.stride()[:3],
+            heads,
+            num_queries,
+            pools,
+            block_map.num_key_blocks,
+            block_map.bits.shape[-1],
+            D=head_dim,
+            QUERIES=size,
+            POOLS=pools_per_step(settings, head_dim, tail.variance is not None),
+            PER_BLOCK=pools // block_map.num_key_blocks,
+            MOMENT=tail.variance is not None,
+            ORDERED=order is not None,
+            num_warps=max(4, settings.num_warps * size // 128),
+            num_stages=settings.num_stages,
+            enable_fp_fusion=True,
+        )

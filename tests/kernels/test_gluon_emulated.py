@@ -1,0 +1,102 @@
+"""The Gluon kernel's algorithm on a CPU: right in any order of events, and never stuck.
+
+Layouts, registers and the copy engine's own rules are for the GPU to show.
+"""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from gluon_emulator import Deadlock, emulated
+from kernel_cases import NASTY, check, problem, segments, some_full_rows
+
+from dfsattn_diffusers.kernels import api
+
+pytest.importorskip("triton")
+BACKENDS = "dfsattn_diffusers.kernels.backends"
+MODULES = (f"{BACKENDS}._hopper_rings", f"{BACKENDS}.gluon_hopper")
+
+
+@pytest.fixture(params=range(2), ids="seed{}".format)
+def backend(request, monkeypatch):
+    """The backend on a GPU of three multiprocessors."""
+    properties = SimpleNamespace(multi_processor_count=3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    real = api.load_backend
+    with emulated(*MODULES, seed=request.param) as module:
+        monkeypatch.setattr(module, "_is_hopper", lambda device: True)
+        monkeypatch.setattr(
+            api, "load_backend", lambda name: module if name == "gluon_hopper" else real(name)
+        )
+        yield module
+
+
+@pytest.mark.parametrize("head_dim, key_block", [(64, 64), (64, 128), (128, 64), (128, 128)])
+def test_random_maps(backend, head_dim, key_block):
+    p = problem(
+        dtype=torch.float16, num_queries=700, num_keys=900, head_dim=head_dim, key_block=key_block
+    )
+    check(p, "gluon_hopper")
+
+
+@pytest.mark.parametrize("change", NASTY, ids=lambda change: change.__name__)
+def test_nasty_problems(backend, change):
+    check(change(problem(dtype=torch.bfloat16, num_queries=400)), "gluon_hopper")
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize("change", [segments, some_full_rows], ids=lambda change: change.__name__)
+def test_every_way_to_launch(backend, monkeypatch, persistent, early, num_stages, change):
+    settings = backend.LaunchSettings(num_stages, persistent, early)
+    monkeypatch.setattr(backend, "settings_for", lambda call: settings)
+    p = change(problem(dtype=torch.float16, num_queries=650, density=0.4))
+    p.mask[:, 0, 1] = False
+    check(p, "gluon_hopper")
+
+
+def test_output_order(backend):
+    p = problem(dtype=torch.float16, num_queries=300)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0)).int()
+    order[7], order[250] = -1, -1
+    plain = p.run("gluon_hopper")
+    out = torch.full_like(p.q, 7.0)
+    p.run("gluon_hopper", output_order=order, out=out)
+    kept = order >= 0
+    assert torch.equal(out[:, :, order[kept].long()], plain[:, :, kept])
+    missing = sorted(set(range(300)) - set(order[kept].tolist()))
+    assert len(missing) == 2 and (out[:, :, missing] == 7).all()
+
+
+def test_the_emulator_sees_a_slot_given_back_too_early(backend, monkeypatch):
+    """Values that are released on arrival are overwritten before their product has read them."""
+    receive, release = backend.rings.receive, backend.rings.release
+    gone = set()
+
+    def hasty(ring, i):
+        tile = receive(ring, i)
+        if ring[0].shape[0] == 2:  # keys and values, not queries
+            release(ring, i)
+            gone.add((threading.get_ident(), id(ring), int(i)))
+        return tile
+
+    def once(ring, i):
+        place = threading.get_ident(), id(ring), int(i)
+        if place in gone:
+            gone.remove(place)
+        else:
+            release(ring, i)
+
+    monkeypatch.setattr(backend.rings, "receive", hasty)
+    monkeypatch.setattr(backend.rings, "release", once)
+    p = problem(dtype=torch.float16, num_queries=900, head_dim=128, density=0.9)
+    with pytest.raises(AssertionError):
+        check(p, "gluon_hopper")
+
+
+def test_the_emulator_sees_a_deadlock(backend, monkeypatch):
+    monkeypatch.setattr(backend.rings, "grant_turn", lambda warpgroup, i: None)
+    with pytest.raises(Deadlock):
+        check(problem(dtype=torch.float16, num_queries=500, density=0.9), "gluon_hopper")

@@ -1,0 +1,193 @@
+"""The tail: pooling, and the pass that adds the pools, against float64 and in every backend."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import (
+    NASTY,
+    ON_CUDA,
+    assert_close,
+    problem,
+    segments,
+    some_full_rows,
+)
+
+from dfsattn_diffusers.kernels import BlockMap, Tail, pool_tail
+from dfsattn_diffusers.kernels import tail as tail_module
+
+tail_kernels = pytest.importorskip("dfsattn_diffusers.kernels.tail_kernels")
+
+# Torch and, through the interpreter or on a GPU, Triton.
+WAYS = ["torch", "triton"]
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_CUDA)]
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    kernels = tail_kernels if request.param == "triton" else None
+    monkeypatch.setattr(tail_module, "fast", lambda name, x: kernels)
+    return request.param
+
+
+def dtype_of(device, way):
+    return torch.bfloat16 if device == "cuda" else torch.float16
+
+
+def pool_lengths(p, pool):
+    """`[B, P]` real keys of each pool of a problem whose keys are padded to whole blocks."""
+    real = torch.nn.functional.pad(p.real_keys(), (0, -p.k.shape[2] % p.key_block))
+    return real.unflatten(1, (-1, pool)).sum(2, dtype=torch.int32)
+
+
+def tail_of(p, pool, moment):
+    padded = (torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % p.key_block)) for x in (p.k, p.v))
+    return pool_tail(*padded, pool=pool, lengths=pool_lengths(p, pool), moment=moment)
+
+
+def exact(p, tail, dtype, moment):
+    """Output and log-sum-exp by one softmax over kept keys and the pools of all others."""
+    real = p.real_keys()
+    keys, values, means, sums = (x.to(dtype) for x in (p.k, p.v, tail.keys, tail.values))
+    keys, values = (x.masked_fill(~real[:, None, :, None], 0) for x in (keys, values))
+    scale = p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
+    rows = p.mask.repeat_interleave(p.query_block, 2)[:, :, : p.q.shape[2]]
+    kept = rows.repeat_interleave(p.key_block, 3)[..., : p.k.shape[2]] & real[:, None, None]
+    dropped = ~rows.repeat_interleave(means.shape[2] // p.mask.shape[3], 3)
+    q = p.q.to(dtype)
+    logits = (q @ keys.transpose(2, 3) * scale).masked_fill(~kept, -torch.inf)
+    pools = q @ means.transpose(2, 3) * scale + tail.log_counts.to(dtype)[:, None, None]
+    if moment:
+        spread = scale * (q.square() @ tail.variance.to(dtype).transpose(2, 3)).sqrt()
+        pools = pools + torch.logaddexp(spread, -spread) - torch.log(torch.tensor(2.0, dtype=dtype))
+    both = torch.cat([logits, pools.masked_fill(~dropped, -torch.inf)], -1)
+    weights = both.softmax(-1).nan_to_num(0)
+    return weights @ torch.cat([values, sums], 2), both.logsumexp(-1)
+
+
+def check(p, pool, moment, backend="reference"):
+    tail = tail_of(p, pool, moment)
+    out, lse = p.run(backend, tail=tail, return_lse=True)
+    wanted, eager = exact(p, tail, torch.float64, moment), exact(p, tail, p.q.dtype, moment)
+    assert_close(out, wanted[0], eager[0])
+    assert_close(lse, wanted[1], eager[1])
+    assert torch.equal(p.run(backend, tail=tail), out)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("moment", [False, True])
+@pytest.mark.parametrize(
+    "pool, key_block, head_dim", [(16, 128, 64), (32, 64, 128), (64, 64, 64), (128, 128, 64)]
+)
+def test_pools_and_blocks(device, way, pool, key_block, head_dim, moment):
+    p = problem(
+        device,
+        dtype_of(device, way),
+        num_queries=520,
+        num_keys=700,
+        key_block=key_block,
+        head_dim=head_dim,
+        density=0.3,
+    )
+    check(p, pool, moment)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("change", NASTY, ids=lambda change: change.__name__)
+def test_nasty_problems(device, way, change):
+    check(change(problem(device, dtype_of(device, way), num_queries=400)), 32, True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("query_block", [64, 128])
+def test_output_order(device, way, query_block):
+    p = problem(device, dtype_of(device, way), num_queries=300, query_block=query_block)
+    tail = tail_of(p, 16, False)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0)).int()
+    order[7], order[250] = -1, -1
+    kept = order >= 0
+    plain, lse = p.run("reference", tail=tail, return_lse=True)
+    out = torch.full_like(p.q, 7.0)
+    _, again = p.run(
+        "reference", tail=tail, output_order=order.to(device), out=out, return_lse=True
+    )
+    assert torch.equal(out[:, :, order[kept].long()], plain[:, :, kept])
+    missing = sorted(set(range(300)) - set(order[kept].tolist()))
+    assert len(missing) == 2 and (out[:, :, missing] == 7).all()
+    assert torch.equal(again[:, :, kept], lse[:, :, kept])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_keeping_everything_leaves_the_bits(device, way):
+    p = some_full_rows(problem(device, dtype_of(device, way)))
+    everything = replace(p, mask=torch.ones_like(p.mask))
+    tail = tail_of(p, 32, True)
+    assert torch.equal(everything.run("reference", tail=tail), everything.run("reference"))
+    # Text queries keep everything while others do not.
+    rows = slice((p.mask.shape[2] - 1) * p.query_block, None)
+    with_tail, without = p.run("reference", tail=tail), p.run("reference")
+    assert torch.equal(with_tail[:, :, rows], without[:, :, rows])
+    assert not torch.equal(with_tail, without)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("moment", [False, True])
+def test_pools_of_equal_keys_are_exact(device, way, moment):
+    p = problem(device, dtype_of(device, way), num_queries=256)
+    k, v = (x[:, :, ::32].repeat_interleave(32, 2) for x in (p.k, p.v))
+    p = replace(p, k=k, v=v)
+    dense = replace(p, mask=torch.ones_like(p.mask))
+    out = p.run("reference", tail=tail_of(p, 32, moment))
+    assert_close(out, dense.dense(torch.float64)[0], dense.dense(p.q.dtype)[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pool, head_dim", [(16, 64), (64, 128), (128, 64)])
+def test_pooling(device, way, dtype, pool, head_dim):
+    make = torch.Generator().manual_seed(pool)
+    lengths = torch.randint(0, pool + 1, (2, 9), generator=make).int()
+    lengths[:, 0], lengths[:, -1] = pool, 0
+    k, v = torch.randn(2, 2, 9 * pool, 3, head_dim, generator=make) * 3 + 1
+    real = (torch.arange(pool) < lengths[..., None]).flatten(1)[..., None, None]
+    k, v = (x.masked_fill(~real, torch.nan).to(device, dtype).transpose(1, 2) for x in (k, v))
+    tail = pool_tail(k, v, pool=pool, lengths=lengths.to(device), moment=True)
+    assert isinstance(tail, Tail) and tail.keys.dtype == dtype
+    for b, i in torch.cartesian_prod(torch.arange(2), torch.arange(9)).tolist():
+        n = lengths[b, i]
+        keys, values = (x[b, :, i * pool : i * pool + n].double().cpu() for x in (k, v))
+        wanted = [keys.mean(1), values.mean(1), (keys - keys.mean(1, True)).square().mean(1)]
+        for got, exact in zip((tail.keys, tail.values, tail.variance), wanted, strict=True):
+            got = got[b, :, i].double().cpu()
+            if n == 0:
+                assert not got.any()
+                continue
+            # Sums are float32, of numbers up to about 16.
+            rounding = 128 * torch.finfo(torch.float32).eps
+            torch.testing.assert_close(got, exact, rtol=torch.finfo(dtype).eps, atol=rounding)
+        assert tail.log_counts[b, i].item() == pytest.approx(n.log().item(), rel=1e-6)
+    none = pool_tail(k, v, pool=pool, lengths=lengths.to(device), moment=False)
+    assert none.variance is None and torch.equal(none.keys, tail.keys)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_moment_knows_two_clusters_exactly(device, way):
+    """Where half the variance, a normal distribution's correction, would run away."""
+    p = problem(device, dtype_of(device, way), num_queries=256)
+    k, v = (x[:, :, ::32].repeat_interleave(32, 2) for x in (p.k, p.v))
+    k[..., 3] += 6 * (torch.arange(256, device=device) % 2 * 2 - 1)
+    p = replace(p, k=k.round(), v=v)
+    dense = replace(p, mask=torch.ones_like(p.mask))
+    wanted, eager = dense.dense(torch.float64), dense.dense(p.q.dtype)
+    out, lse = p.run("reference", tail=tail_of(p, 32, True), return_lse=True)
+    assert_close(out, wanted[0], eager[0])
+    assert_close(lse, wanted[1], eager[1])
+    out, _ = p.run("reference", tail=tail_of(p, 32, False), return_lse=True)
+    with pytest.raises(AssertionError):
+        assert_close(out, wanted[0], eager[0])
+
+
+def test_a_map_keeps_the_bits_it_was_unpacked_from():
+    p = segments(problem())
+    packed = BlockMap.from_mask(p.mask, query_block=128, key_block=128).pack()
+    assert packed.unpack().bits is packed.bits

@@ -1,4 +1,4 @@
-"""What the rivals attend with: padded blocks through our kernels, or token masks in chunks."""
+"""What the rivals share: attention by padded blocks or by token masks in chunks, top-p, k-means."""
 
 import math
 
@@ -156,3 +156,20 @@ def k_means(x, count, rounds):
         size = ones.new_zeros(means.shape[:3]).scatter_add_(2, label, ones)
         means = torch.where(size[..., None] > 0, total / size.clamp(min=1)[..., None], means)
     return label, means, size
+
+
+def keep_mass(mass, work, share):
+    """Each row's heaviest cells up to a mass that all rows of a batch row share.
+
+    The mass is the largest for which the kept cells' `work` is at most `share` of all.
+    """
+    ordered, order = mass.sort(dim=-1, descending=True)
+    before = ordered.cumsum(-1) - ordered
+    before[..., 0] = -1.0  # every row keeps its heaviest
+    work = work.float().expand_as(mass).gather(-1, order).flatten(1)
+    by_mass = before.flatten(1).sort(dim=1, stable=True).indices
+    used = work.double().gather(1, by_mass).cumsum(1)
+    fits = used <= share * used[:, -1:] * (1 + 1e-9)
+    kept = torch.zeros_like(fits).scatter_(1, by_mass, fits).view_as(mass)
+    kept[..., 0] = True
+    return torch.zeros_like(kept).scatter_(-1, order, kept)

@@ -20,11 +20,13 @@ from rival_attention import (
     Slots,
     consecutive,
     k_means,
+    keep_mass,
     masked_attention,
     tiles,
 )
 
 from dfsattn_diffusers.processors import base
+from dfsattn_diffusers.selection import row_budget
 
 BLOCK = 128
 SMALL_BLOCK = 64
@@ -39,7 +41,10 @@ def in_place_of_ours(rule):
 
     def attend(query, key, value, layout, *_, keep_ratio, text_lengths=None, **__):
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        out, cost = rule(q, k, v, layout.geometry, keep_ratio, text_lengths)
+        # The paper rounds down to whole blocks: no rule shall have more.
+        blocks = -(-layout.geometry.video_tokens // BLOCK)
+        share = row_budget(keep_ratio, blocks) / blocks
+        out, cost = rule(q, k, v, layout.geometry, share, text_lengths)
         costs.append(cost)
         return out.transpose(1, 2), None  # no selection: nothing is cached
 
@@ -233,20 +238,3 @@ def top_of_rows(scores, share):
     count = max(1, round(share * scores.shape[-1]))
     best = scores.topk(count, dim=-1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
-
-
-def keep_mass(mass, work, share):
-    """Each row's heaviest cells up to a mass that all rows of a batch row share.
-
-    The mass is the largest for which the kept cells' `work` is at most `share` of all.
-    """
-    ordered, order = mass.sort(dim=-1, descending=True)
-    before = ordered.cumsum(-1) - ordered
-    before[..., 0] = -1.0  # every row keeps its heaviest
-    work = work.float().expand_as(mass).gather(-1, order).flatten(1)
-    by_mass = before.flatten(1).sort(dim=1, stable=True).indices
-    used = work.double().gather(1, by_mass).cumsum(1)
-    fits = used <= share * used[:, -1:] * (1 + 1e-9)
-    kept = torch.zeros_like(fits).scatter_(1, by_mass, fits).view_as(mass)
-    kept[..., 0] = True
-    return torch.zeros_like(kept).scatter_(-1, order, kept)

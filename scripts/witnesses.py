@@ -8,6 +8,7 @@ import torch
 from clip_trainer import latent_statistics
 from diffusers import AutoencoderKLWan
 from tiny_wan_models import embed_prompts
+from tiny_wan_vae import decode_clip
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 from witness_families import FAMILIES
 
@@ -27,18 +28,20 @@ class Witness:
     Args:
         name: Of the family.
         folder: With `transformer` and `scheduler`; `folder_of(name)` by default.
-        device: The transformer runs in bf16 on a GPU, in fp32 elsewhere.
+        device: To run on.
+        dtype: Of the transformer, bf16 on a GPU and fp32 elsewhere by default.
 
     Attributes:
+        folder: Where it was loaded from.
         fingerprint: Of the transformer's weights.
 
     Raises:
         FileNotFoundError: The witness was not trained yet.
     """
 
-    def __init__(self, name, device, folder=None):
+    def __init__(self, name, device, folder=None, dtype=None):
         self.family, self.device = FAMILIES[name](), device
-        folder = folder or folder_of(name)
+        self.folder = folder = folder or folder_of(name)
         if not (folder / "transformer").is_dir():
             raise FileNotFoundError(
                 f"There is no witness {name!r} in {folder}; train it: python "
@@ -47,13 +50,14 @@ class Witness:
         weights = sorted((folder / "transformer").glob("*.safetensors"))
         content = b"".join(path.read_bytes() for path in weights)
         self.fingerprint = hashlib.sha256(content).hexdigest()[:12]
-        transformer = self.family.transformer_class.from_pretrained(folder, subfolder="transformer")
+        self.dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        # Loading in bf16 leaves in fp32 what the family wants so.
+        transformer = self.family.transformer_class.from_pretrained(
+            folder, subfolder="transformer", torch_dtype=self.dtype
+        )
         scheduler = self.family.scheduler_class.from_pretrained(folder, subfolder="scheduler")
         self.tokenizer, self.text_encoder, self.vae = load_tiny_parts(device)
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.pipe = self.family.pipeline(
-            transformer.eval().to(device, self.dtype), scheduler, self.vae
-        )
+        self.pipe = self.family.pipeline(transformer.eval().to(device), scheduler, self.vae)
         self.pipe.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
@@ -73,7 +77,7 @@ class Witness:
     def decode(self, latents):
         """Clips `[B, F, H, W, 3]` in [0, 1], fp32."""
         mean, std = latent_statistics(self.vae)
-        clips = [self.vae.decode(clip[None] * std + mean).sample[0] for clip in latents]
+        clips = [decode_clip(self.vae, clip[None] * std + mean)[0] for clip in latents]
         return (torch.stack(clips).permute(0, 2, 3, 4, 1) / 2 + 0.5).clamp(0, 1)
 
     def _embed(self, texts):
@@ -94,5 +98,7 @@ def load_tiny_parts(device):
 
 def save_witness(transformer, scheduler, folder):
     """Write `transformer` in bf16, and its scheduler."""
-    copy.deepcopy(transformer).to("cpu", torch.bfloat16).save_pretrained(folder / "transformer")
+    transformer = copy.deepcopy(transformer)
+    torch.nn.Module.to(transformer, "cpu", torch.bfloat16)  # every part, and without a warning
+    transformer.save_pretrained(folder / "transformer")
     scheduler.save_pretrained(folder / "scheduler")

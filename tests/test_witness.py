@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ from diffusers import CogVideoXPipeline, HunyuanVideoPipeline, WanPipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import train_witness  # noqa: E402
+from rivals import RIVALS, in_place_of_ours  # noqa: E402
 from witness_families import FAMILIES, CogVideoX, HunyuanVideo, Wan  # noqa: E402
 from witnesses import Witness, load_tiny_parts, save_witness  # noqa: E402
+
+from dfsattn_diffusers import enable_dfsattn  # noqa: E402
 
 CPU = torch.device("cpu")
 GRID = (5, 4, 6)
@@ -91,6 +95,31 @@ def test_a_case_is_the_same_in_any_batch(witness):
     torch.testing.assert_close(both[1:], second, atol=1e-4, rtol=1e-4)
     clips = witness.decode(both)
     assert clips.shape == (2, 9, 32, 48, 3) and clips.min() >= 0 and clips.max() <= 1
+
+
+def test_decoding_is_the_vaes(witness):
+    latents = torch.randn(1, 8, 3, 8, 12)
+    config, shape = witness.vae.config, (1, 8, 1, 1, 1)
+    mean, std = (torch.tensor(x).view(shape) for x in (config.latents_mean, config.latents_std))
+    with torch.no_grad():
+        expected = witness.vae.decode(latents * std + mean).sample[0]
+    clip = witness.decode(latents)[0].permute(3, 0, 1, 2) * 2 - 1
+    torch.testing.assert_close(clip, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rival", [None, *RIVALS])
+def test_runs_in_bf16_as_on_a_gpu(witness, rival):
+    folder, name = witness.folder, witness.family.name
+    small = Witness(name, CPU, folder, dtype=torch.bfloat16)
+    with (
+        enable_dfsattn(small.pipe, "paper", dense_fraction=0),
+        in_place_of_ours(RIVALS[rival]) if rival else nullcontext(),
+    ):
+        latents = small.generate(PROMPTS, (0, 1), GRID, 1, 4.0)
+    expected = witness.generate(PROMPTS, (0, 1), GRID, 1, 4.0)
+    assert latents.dtype == torch.float32 and small.pipe.transformer.dtype == torch.bfloat16
+    # 120 tokens are one block: all rules keep it.
+    assert (latents - expected).norm() < 0.1 * expected.norm()
 
 
 def test_prompt_seed_and_guidance_matter(witness):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .processors import ModelAdapter
 from .state import DFSAttnState, Forward, Position
+from .text import TextReader
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +208,7 @@ class TransformerHook:
         self._signature = inspect.signature(type(transformer).forward)
         self._mailbox = _Mailbox(self._on_reset)
         self._handles: list = []
+        self._text_reader = TextReader()
 
     def install(self) -> None:
         registry = HookRegistry.check_if_exists_or_initialize(self._transformer)
@@ -235,12 +237,13 @@ class TransformerHook:
         if not self._is_active():
             return
         inputs = self._signature.bind(module, *args, **kwargs).arguments
-        geometry, text_lengths = self._adapter.tokens(module, inputs)
+        geometry, text_mask = self._adapter.tokens(module, inputs)
+        text = None if text_mask is None else self._text_reader.read(text_mask)
         position, new_run = self._clock.locate(self._mailbox.context, inputs.get("timestep"))
         if new_run:
             self._state.begin_run(position.num_steps)
         device = inputs["hidden_states"].device
-        self._state.begin_forward(Forward(self._name, position, geometry, text_lengths, device))
+        self._state.begin_forward(Forward(self._name, position, geometry, text, device))
 
     @torch.compiler.disable
     def _post_forward(self, module: torch.nn.Module, args: tuple, output: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from .layout import TokenGeometry, TokenLayout
 from .report import MapUse, Report, RunRecord, Stopwatch
 from .schedule import Decision, decide
 from .selection import Selection
+from .text import TextLengths
 
 # Generations that a report goes back.
 _REMEMBERED_RUNS = 8
@@ -42,15 +44,19 @@ class Forward:
         model: Name of the transformer within its pipeline.
         position: Where the call stands in its generation.
         geometry: The tokens as the model lays them out.
-        text_lengths: `[B]` valid text tokens per batch row; None means all.
+        text: Valid text tokens; None means all.
         device: Of the activations.
     """
 
     model: str
     position: Position
     geometry: TokenGeometry
-    text_lengths: Tensor | None
+    text: TextLengths | None
     device: torch.device
+
+    def text_lengths(self, device: torch.device) -> Tensor | None:
+        """`[B]` valid text tokens per batch row on a layer's device; None means all."""
+        return None if self.text is None else self.text.rows.to(device)
 
 
 @dataclass
@@ -78,6 +84,8 @@ class DFSAttnState:
         self.forward: Forward | None = None
         # Device, dtype and head dim of calls that the backend is known to serve.
         self.served: set[tuple] = set()
+        # Told layer, query, key and map of every sparse call; see `analysis.record_attention`.
+        self.observer: Callable[[int, Tensor, Tensor, BlockMap], None] | None = None
         self._runs: deque[RunRecord] = deque(maxlen=_REMEMBERED_RUNS)
         self._maps: dict[tuple[str, int, str], _CachedMap] = {}
         self._layouts: dict[tuple[TokenGeometry, torch.device], TokenLayout] = {}

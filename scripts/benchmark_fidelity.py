@@ -16,7 +16,9 @@ from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
+import diffusers
 import torch
+from benchmark_tools import about
 from fidelity_report import print_table
 from fidelity_variants import VARIANTS
 from procedural_clips import PLAIN, ClipSource
@@ -25,8 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from witness_families import FAMILIES
 from witnesses import Witness
 
-import dfsattn_diffusers
-from dfsattn_diffusers import enable_dfsattn
+from dfsattn_diffusers import __version__, enable_dfsattn
 from dfsattn_diffusers.configs import resolve_config
 from dfsattn_diffusers.metrics import psnr, ssim
 
@@ -76,11 +77,8 @@ class Benchmark:
         return True
 
     def _open(self):
-        machine = {
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
-            "torch": torch.__version__,
-            "dfsattn_diffusers": dfsattn_diffusers.__version__,
-        }
+        machine = {key: value for key, value in about().items() if key != "date"}
+        machine |= {"diffusers": diffusers.__version__, "dfsattn_diffusers": __version__}
         settings = {"guidance": self.args.guidance, "prompt_seed": SEED}
         new = {"machine": machine, "settings": settings, "prompts": self.prompts, "runs": []}
         if not self.args.output.exists():
@@ -214,9 +212,9 @@ def parse_arguments(argv):
         "--grids",
         nargs="+",
         type=parse_grid,
-        default=[(17, 32, 32), (13, 22, 37)],
+        default=[(17, 32, 32), (17, 23, 31)],
         metavar="FxHxW",
-        help="tokens; by default 17,408 of the training's largest size and 10,582 of an odd one",
+        help="tokens; by default 17,408 of the training's largest size and 12,121 of an odd one",
     )
     add("--cases", type=int, default=8, help="pairs of prompt and seed")
     add("--batch", type=int, default=8, help="cases in one call")

@@ -3,17 +3,14 @@
 Values and maps are random and new in every run. A kernel that is not right is not timed.
 """
 
-import json
-import statistics
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from dataclasses import astuple, dataclass, replace
-from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
 
 import torch
-import triton
+from benchmark_tools import about, milliseconds, write_json
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -93,21 +90,6 @@ def spots(problem, count=6):
     heads, num_rows = problem.mask.shape[1:3]
     picks = torch.randint(heads * num_rows, (count,)).tolist()
     return [(heads - 1, num_rows - 1), *(divmod(pick, num_rows) for pick in picks)]
-
-
-def milliseconds(function, iterations):
-    """Median over CUDA events, after warm-up."""
-    for _ in range(3):
-        function()
-    times = []
-    for _ in range(iterations):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 def as_call(problem):
@@ -250,25 +232,20 @@ def main(argv=None):
     args.kernels = sparse_kernels(args.settings, args.dtype)
     gate(args.kernels, args.dtype)
 
-    about = dict(
-        gpu=torch.cuda.get_device_name(),
-        torch=torch.__version__,
-        triton=triton.__version__,
+    record = about(
         dtype=str(args.dtype).removeprefix("torch."),
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         seed=seed,
         iterations=args.iters,
         shapes={name: SHAPES[name] for name in args.shapes},
     )
-    print(", ".join(f"{key} {about[key]}" for key in ("gpu", "torch", "triton", "dtype", "date")))
+    print(", ".join(f"{key} {record[key]}" for key in ("gpu", "torch", "triton", "dtype", "date")))
     print("\n| shape | density | kernel | ms | TFLOP/s of kept work |\n|---|---|---|---|---|")
     rows = []
     for density in args.densities:
         for shape in args.shapes:
             rows += benchmark(shape, density, args)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+        write_json(args.output, record | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def parse_arguments(argv):
     add("--family", required=True, choices=[name for name in FAMILIES if name != "wan"])
     add("--output", type=Path, required=True, help="folder of the finished witness")
     add("--report", type=Path, required=True, help="folder of the log, sheets and tar parts")
-    add("--seconds", type=float, default=270, help="for everything")
+    add("--seconds", type=float, default=285, help="for everything")
     add("--seed", type=int, default=0)
     add("--resume", type=Path, help="folder of an earlier witness to go on from")
     add(

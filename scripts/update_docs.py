@@ -74,7 +74,7 @@ def fidelity():
         return "Not measured yet: there is no `benchmarks/fidelity_h200.json`."
     machine, settings = data["machine"], data["settings"]
     parts = [
-        f"One {machine['device']}, torch {machine['torch']}, guidance {settings['guidance']:g}; "
+        f"One {machine['gpu']}, torch {machine['torch']}, diffusers {machine['diffusers']}, guidance {settings['guidance']:g}; "
         "50 steps where the name does not say otherwise. PSNR in dB and SSIM to the dense clip of "
         "the same seed, mean over cases; `worst` is the lowest PSNR of a case; `to the paper` is "
         "the mean paired difference in dB, with its 95 % bootstrap interval.\n\n"
@@ -85,10 +85,31 @@ def fidelity():
     return "\n\n".join(parts)
 
 
+def models():
+    path = ROOT / "benchmarks" / "model.json"
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text())
+    gpus = {f"One {x['gpu']}, torch {x['torch']}, triton {x['triton']}" for x in data.values()}
+    rows = []
+    for name, record in data.items():
+        for preset, seconds in record.get("composed_s", {}).items():
+            ours = seconds["ours"]
+            dense = [
+                f"{seconds[way]:.0f} (x {seconds[way] / ours:.2f})" if way in seconds else ""
+                for way in ("dense, as shipped", "dense", "dense, cuDNN")
+            ]
+            video = " x ".join(map(str, record["size"]))
+            rows.append([name, video, record["steps"], f"`{preset}`", f"{ours:.0f}", *dense])
+    header = ["model", "frames x height x width", "steps", "preset", "DFSAttn, s"]
+    header += ["dense as shipped, s", "dense, s", "dense cuDNN, s"]
+    return "; ".join(sorted(gpus)) + ".\n\n" + markdown(header, rows)
+
+
 # Each document's tables, by the name of the marks around them.
 TABLES = {
     "README.md": {"presets": presets},
-    "docs/performance.md": {"kernels": kernels},
+    "docs/performance.md": {"kernels": kernels, "models": models},
     "docs/fidelity.md": {"fidelity": fidelity},
 }
 DRAWING = "docs/fidelity.svg"

@@ -22,15 +22,18 @@ ARROWS = {
     "attention": {"kernels", "layout", "score", "selection"},
     "schedule": {"configs"},
     "report": set(),
-    "state": {"configs", "kernels", "layout", "report", "schedule", "selection"},
+    "state": {"configs", "kernels", "layout", "report", "schedule", "selection", "text"},
     "processors": {"_versions", "attention", "kernels", "layout", "state"},
-    "hook": {"processors", "state"},
+    "hook": {"processors", "state", "text"},
     "attachment": {"hook", "processors", "state"},
     "pipeline": {
         "attachment", "configs", "hook", "kernels", "processors", "report", "schedule", "state",
     },
     "bare": {"attachment", "configs", "hook", "pipeline", "processors"},
+    # Looks on from the side: it may use all that a call goes through, and nothing uses it.
+    "analysis": {"kernels", "layout", "score", "state"},
     "metrics": set(),
+    "text": set(),
     "env": {"__version__", "kernels"},
 }
 BUDGETS = {"processors": 150, "kernels": 400}

@@ -20,7 +20,7 @@ from PIL import Image
 from tiny_pipelines import FAMILIES, PROMPT, TEXT_LENGTH, run, tiny_hunyuan_video, tiny_wan
 
 from dfsattn_diffusers import DFSAttnConfig, disable_dfsattn, enable_dfsattn
-from dfsattn_diffusers.processors import adapter_for
+from dfsattn_diffusers.processors import adapter_for, base
 
 BLOCKS = dict(tile_size=8, query_block=32, key_block=32)
 SPARSE = DFSAttnConfig(keep_ratios=(0.5, 0.4, 0.3), **BLOCKS)
@@ -320,3 +320,42 @@ def test_hunyuan_video_from_images(kind, channels, text_length):
             sparse = transformer(**inputs).sample
     torch.testing.assert_close(kept, dense, atol=1e-4, rtol=1e-4)
     assert sparse.isfinite().all() and not torch.allclose(sparse, dense, atol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 9), (9, 9)])
+def test_dense_steps_cut_text_padding_off(lengths, monkeypatch):
+    """Without a mask where the rows are equally long, with as little as can be where not."""
+    pipe = tiny_hunyuan_video()
+    seen, real = [], base.dispatch_attention_fn
+
+    def spy(query, key, value, attn_mask=None, **settings):
+        seen.append((query.shape[1], key.shape[1], attn_mask))
+        return real(query, key, value, attn_mask=attn_mask, **settings)
+
+    monkeypatch.setattr(base, "dispatch_attention_fn", spy)
+    denoiser, (frames, height, width) = pipe.transformer, (5, 9, 11)
+    config = denoiser.config
+    make = torch.Generator().manual_seed(0)
+    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+    inputs = dict(
+        hidden_states=torch.randn(2, config.in_channels, frames, height, width, generator=make)
+        .repeat_interleave(config.patch_size, 3)
+        .repeat_interleave(config.patch_size, 4),
+        timestep=torch.tensor([500, 500]),
+        encoder_hidden_states=torch.randn(2, 9, config.text_embed_dim, generator=make),
+        encoder_attention_mask=mask.int(),
+        pooled_projections=torch.randn(2, config.pooled_projection_dim, generator=make),
+        guidance=torch.tensor([6000.0, 6000.0]) if config.guidance_embeds else None,
+        return_dict=False,
+    )
+    with torch.no_grad():
+        stock = denoiser(**inputs)[0]
+        with enable_dfsattn(denoiser, SPARSE):
+            ours = denoiser(**inputs)[0]
+    torch.testing.assert_close(ours, stock, atol=1e-5, rtol=1e-5)
+    tokens = frames * height * width + max(lengths)
+    assert seen and all(shape[:2] == (tokens, tokens) for shape in seen)
+    if lengths[0] == lengths[1]:
+        assert all(mask is None for *_, mask in seen)
+    else:
+        assert all(mask.shape[-1] == tokens for *_, mask in seen)

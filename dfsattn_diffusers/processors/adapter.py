@@ -21,7 +21,7 @@ class ModelAdapter:
         processor_class: Built as `processor_class(state, layer)` for each sparse layer.
         is_sparse_layer: Tells by name which of `transformer.attn_processors` are video attention.
         tokens: From the transformer and the arguments of its forward to the token geometry and
-            the `[B]` valid text tokens (None where all are valid).
+            the `[B, text tokens]` mask of valid text, padding last (None where all are valid).
         stock_processor: From a processor's name and its attention module to a stock processor.
         silent_replacements: Processor classes that the host puts in without being asked for a
             processor, such as those of fused projections; ours go back in their place.

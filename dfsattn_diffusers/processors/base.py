@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..attention import sparse_attention
 from ..kernels import BlockMap, block_sparse_attention
 from ..state import DFSAttnState
+from .opaque import layer_handle, opaque_attend
 
 
 class LayerProcessor:
@@ -31,8 +32,12 @@ class LayerProcessor:
     def __init__(self, state: DFSAttnState, layer: int):
         self.state = state
         self.layer = layer
+        self.handle = layer_handle(self)
 
-    @torch.compiler.disable
+    def __setstate__(self, values: dict) -> None:
+        # A copy is a layer of its own.
+        self.__dict__.update(values, handle=layer_handle(self))
+
     def attend(
         self,
         query: Tensor,
@@ -53,6 +58,22 @@ class LayerProcessor:
         Returns:
             `[B, N, H, D]`.
         """
+        if torch.compiler.is_compiling():
+            return opaque_attend(
+                self.handle, query, key, value, attention_mask, mask_is_text_padding
+            )
+        return self.attend_now(query, key, value, attention_mask, mask_is_text_padding)
+
+    @torch.compiler.disable
+    def attend_now(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        mask_is_text_padding: bool,
+    ) -> Tensor:
+        """`attend`, out of a compiler's sight: what it does may change from call to call."""
         state, batch = self.state, query.shape[0]
         decision = state.decide(self.layer, batch)
         self._check_tokens(query.shape[1])
@@ -62,35 +83,47 @@ class LayerProcessor:
             reason = reason or "attention mask"
         if reason:
             state.note_dense(reason)
-            return dispatch_attention_fn(
-                query,
-                key,
-                value,
-                attn_mask=attention_mask,
-                backend=self._attention_backend,
-                parallel_config=self._parallel_config,
-            )
-        text_lengths = state.forward.text_lengths
-        if text_lengths is not None:
-            text_lengths = text_lengths.to(query.device)
-        reuse = decision.mode == "reuse"
+            return self._attend_dense(query, key, value, attention_mask, mask_is_text_padding)
+        block_map = state.block_map(self.layer, batch) if decision.mode == "reuse" else None
         out, selected = sparse_attention(
             query,
             key,
             value,
             state.layout(query.device),
-            state.block_map(self.layer, batch) if reuse else None,
+            block_map,
             keep_ratio=decision.keep_ratio,
             budget=state.config.budget,
             selection=state.config.selection,
             tail=state.config.tail,
             tail_pool=state.config.tail_pool,
-            text_lengths=text_lengths,
+            text_lengths=state.forward.text_lengths(query.device),
             backend=state.config.backend,
         )
         if selected is not None:
             state.store(self.layer, batch, decision.segment, selected)
+            block_map = selected.block_map
+        if state.observer is not None:
+            state.observer(self.layer, query, key, block_map)
         return out
+
+    def _attend_dense(self, query, key, value, attention_mask, mask_is_text_padding) -> Tensor:
+        """Attention by the user's backend; text padding is cut off, since masks cost speed."""
+        tokens = kept = query.shape[1]
+        text = self.state.forward.text
+        if mask_is_text_padding and text is not None:
+            kept = self.state.forward.geometry.video_tokens + text.longest
+            query, key, value = (x[:, :kept] for x in (query, key, value))
+            even = text.shortest == text.longest
+            attention_mask = None if even else attention_mask[..., :kept]
+        out = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return out if kept == tokens else F.pad(out, (0, 0, 0, 0, 0, tokens - kept))
 
     def _check_tokens(self, tokens: int) -> None:
         geometry = self.state.forward.geometry
@@ -112,14 +145,3 @@ class LayerProcessor:
         one = BlockMap.full(1, query.shape[2], 1, 1, **blocks, device=query.device)
         block_sparse_attention(token, token, token, one, backend=config.backend)
         self.state.served.add(kind)
-
-
-def norm_and_rotate(
-    x: Tensor, norm: torch.nn.Module | None, rotary: tuple[Tensor, Tensor] | None, video: slice
-) -> Tensor:
-    """QK norm of `[B, N, H, D]`, then rotary embedding of the video tokens, as the host does it."""
-    x = x if norm is None else norm(x)
-    if rotary is None:
-        return x
-    rotated = apply_rotary_emb(x[:, video], rotary, sequence_dim=1)
-    return torch.cat([x[:, : video.start], rotated, x[:, video.stop :]], dim=1)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..layout import TokenGeometry
 from .adapter import ModelAdapter, register_adapter
-from .base import LayerProcessor, norm_and_rotate
+from .base import LayerProcessor
+from .rotary import norm_and_rotate
 
 
 class CogVideoXDFSAttnProcessor(LayerProcessor):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..layout import TokenGeometry
 from .adapter import ModelAdapter, register_adapter
-from .base import LayerProcessor, norm_and_rotate
+from .base import LayerProcessor
+from .rotary import norm_and_rotate
 
 
 class HunyuanVideoDFSAttnProcessor(LayerProcessor):
@@ -68,7 +69,7 @@ def _tokens(
     side, side_t = transformer.config.patch_size, transformer.config.patch_size_t
     text_tokens = inputs["encoder_hidden_states"].shape[1]
     geometry = TokenGeometry((frames // side_t, height // side, width // side), text_tokens)
-    return geometry, inputs["encoder_attention_mask"].sum(1, dtype=torch.int32)
+    return geometry, inputs["encoder_attention_mask"]
 
 
 def _is_refiner(name: str) -> bool:

@@ -13,7 +13,7 @@ from . import _hopper_rings as rings
 from ._hopper_rings import TensorDescriptor, gl, gluon, warpgroup_mma, warpgroup_mma_wait
 
 NAME = "gluon_hopper"
-# Only by name until it has been measured beside `triton` on a GPU.
+# Only by name until it is measured beside `triton`.
 AUTO_DEVICES = ()
 SPEED = 2
 

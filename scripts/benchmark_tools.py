@@ -1,0 +1,111 @@
+"""What the benchmarks share: a stopwatch, and the record that goes with every file of numbers."""
+
+import json
+import platform
+import statistics
+import time
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+
+def milliseconds(function, iterations, warmup=3):
+    """Median time of a call after `warmup` calls: CUDA events, or the clock where no GPU is."""
+    for _ in range(warmup):
+        function()
+    measure = _on_gpu if torch.cuda.is_available() else _on_cpu
+    return statistics.median(measure(function) for _ in range(iterations))
+
+
+def about(**more):
+    """On what and when numbers were taken, and `more` of how."""
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = None
+    cuda = torch.cuda.is_available()
+    return dict(
+        gpu=torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        torch=torch.__version__,
+        triton=triton,
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **more,
+    )
+
+
+class OutOfTime(Exception):
+    """There is no time left to begin another measurement."""
+
+
+class Record:
+    """Samples of one subject in a file of several, written one by one; a later call adds to them.
+
+    Samples of another GPU or release of torch or triton are dropped, not mixed with new ones.
+
+    Args:
+        path: JSON file.
+        name: Of the subject.
+        deadline: On the clock of `time.monotonic`.
+        iterations: Samples wanted of each kind.
+    """
+
+    def __init__(self, path, name, deadline, iterations):
+        self._path, self._name = Path(path), name
+        self._deadline, self._iterations = deadline, iterations
+        here, old = about(), self._read().get(name, {})
+        same = all(old.get(key) == here[key] for key in ("gpu", "torch", "triton"))
+        self.data = old if same else here | {"ms": {}, "peak_gib": {}}
+
+    def lacks(self, key):
+        return len(self.data["ms"].get(key, ())) < self._iterations
+
+    def check_time(self):
+        if time.monotonic() > self._deadline:
+            raise OutOfTime
+
+    def time(self, key, function):
+        """Add one sample."""
+        self.check_time()
+        self.data["ms"].setdefault(key, []).append(milliseconds(function, 1, warmup=0))
+        self.save()
+
+    @contextmanager
+    def peak_memory(self, key):
+        """Note the most GPU memory that was in use, in GiB, if all goes well."""
+        if not torch.cuda.is_available():
+            yield
+            return
+        torch.cuda.reset_peak_memory_stats()
+        yield
+        self.save(peak_gib=self.data["peak_gib"] | {key: torch.cuda.max_memory_allocated() / 2**30})
+
+    def save(self, **more):
+        self.data |= more
+        write_json(self._path, self._read() | {self._name: self.data})
+
+    def _read(self):
+        return json.loads(self._path.read_text()) if self._path.exists() else {}
+
+
+def write_json(path, data):
+    """Write `data` and its newline, folders included."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _on_gpu(function):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _on_cpu(function):
+    start = time.perf_counter()
+    function()
+    return 1000 * (time.perf_counter() - start)

@@ -1,0 +1,175 @@
+"""The benchmark of whole transformers: real sizes on no device, the whole script on tiny ones."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfsattn_diffusers import enable_dfsattn
+from dfsattn_diffusers.configs import resolve_config
+from dfsattn_diffusers.processors import adapter_for
+from dfsattn_diffusers.state import DFSAttnState
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+STEPS = 8
+# Billions of weights as published, video tokens.
+PUBLISHED = {
+    "hunyuan-720p": (12.8, 33 * 45 * 80),
+    "hunyuan-480p": (12.8, 33 * 30 * 45),
+    "wan-720p": (14.3, 21 * 45 * 80),
+    "wan-480p": (14.3, 21 * 30 * 52),
+    "cogvideox-5b": (5.57, 13 * 30 * 45),
+    "cogvideox-1.5": (5.57, 11 * 48 * 85),
+}
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module
+
+
+@pytest.fixture(params=["hunyuan-720p", "wan-480p", "cogvideox-5b", "cogvideox-1.5"])
+def tiny(request, load):
+    models = load("video_models")
+    torch.manual_seed(0)
+    return models.Denoising(models.TINY[request.param], "cpu", torch.float32, STEPS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_models_have_their_published_size(name, load):
+    models = load("video_models")
+    assert set(models.MODELS) == set(PUBLISHED)
+    run = models.Denoising(models.MODELS[name], "meta", torch.bfloat16)
+    weights, tokens = PUBLISHED[name]
+    counted = sum(parameter.numel() for parameter in run.transformer.parameters())
+    assert math.isclose(counted / 1e9, weights, rel_tol=0.01)
+
+    seen, shapes = [], []
+
+    def note(transformer, args, inputs):
+        geometry, _ = adapter_for(transformer).tokens(transformer, inputs)
+        seen.append(geometry.video_tokens)
+        shapes.append(inputs["hidden_states"].shape)
+
+    run.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    outputs = run.step(0)
+    assert [out.shape for out in outputs] == shapes
+    assert seen == [tokens] * len(run.family.branches)
+
+
+def test_the_plan_is_what_a_whole_run_does(tiny, load):
+    benchmark = load("benchmark_model")
+    config = resolve_config("paper", **benchmark.TINY_CHANGES)
+    kinds = [kind.split()[0] for kind in benchmark.plan(config, STEPS)]
+    with enable_dfsattn(tiny, config) as handle:
+        processors = tiny.transformer.attn_processors.values()
+        layers = sum(getattr(processor, "is_dfsattn", False) for processor in processors)
+        assert tiny.whole_run().isfinite().all()
+    report = handle.report().runs[-1]
+    calls = layers * len(tiny.family.branches)
+    assert report.steps == STEPS
+    assert report.calls == {mode: kinds.count(mode) * calls for mode in report.calls}
+
+
+def test_every_sample_is_of_the_kind_it_says(tiny, load, tmp_path, monkeypatch):
+    benchmark, tools = load("benchmark_model"), load("benchmark_tools")
+    decide, time, modes = DFSAttnState.decide, tools.Record.time, []
+
+    def noted(state, *args):
+        decision = decide(state, *args)
+        modes.append(decision.mode)
+        return decision
+
+    def checked(record, key, function):
+        modes.clear()
+        time(record, key, function)
+        kind = key.split()[1] if key.startswith(("ours", "paper")) else None
+        assert set(modes) == ({kind} if kind else set())
+
+    monkeypatch.setattr(DFSAttnState, "decide", noted)
+    monkeypatch.setattr(tools.Record, "time", checked)
+    record = tools.Record(tmp_path / "model.json", "model", math.inf, iterations=2)
+    config = resolve_config("paper", **benchmark.TINY_CHANGES)
+    benchmark.measure(tiny, {"paper": config}, STEPS, record)
+    kinds = {f"paper {kind}" for kind in benchmark.plan(config, STEPS) if kind != "dense"}
+    assert set(record.data["ms"]) == kinds | {"ours dense", *benchmark.baselines_of(tiny)}
+
+
+def test_trimming_changes_time_only(tiny):
+    stock = dict(tiny.transformer.attn_processors)
+    wanted = tiny.step(0)
+    with tiny.trimmed():
+        got = tiny.step(0)
+    torch.testing.assert_close(got, wanted)
+    assert tiny.transformer.attn_processors == stock
+
+
+def test_what_is_wrong_is_not_timed(tiny, load):
+    benchmark = load("benchmark_model")
+    result = benchmark.gate(tiny, benchmark.TINY_CHANGES)
+    assert result["ours"] < 1e-5
+    with pytest.raises(SystemExit, match="not timed"):
+        benchmark.gate(tiny, benchmark.TINY_CHANGES | {"keep_ratios": (0.3,)})
+
+
+def test_the_whole_script_goes_on_where_time_was_up(load, tmp_path, capsys):
+    benchmark = load("benchmark_model")
+    output = tmp_path / "new" / "model.json"
+    arguments = ["--tiny", "--models=wan-480p", f"--steps={STEPS}", f"--output={output}"]
+    arguments += ["--presets", "paper", "fast", "--iters=1"]
+    benchmark.main([*arguments, "--seconds=-1"])
+    assert "run again" in capsys.readouterr().err and not output.exists()
+
+    benchmark.main(arguments)
+    first = json.loads(output.read_text())["wan-480p"]
+    assert {"dense", "ours dense", "paper refresh 0.3", "fast reuse 0.1"} <= set(first["ms"])
+    assert all(len(samples) == 1 for samples in first["ms"].values())
+
+    benchmark.main([*arguments, "--whole-run"])
+    second = json.loads(output.read_text())["wan-480p"]
+    assert second["ms"] == first["ms"]
+    assert set(second["whole_run_s"]) == {"dense", "paper", "fast"}
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| wan")]
+    assert len(table) == 2 + 4
+
+    # Two dense steps, then refresh and reuse at each ratio.
+    ms = {key: samples[0] for key, samples in first["ms"].items()}
+    ours = 2 * ms["ours dense"] + sum(v for key, v in ms.items() if key.startswith("paper"))
+    wanted = {"dense": STEPS * ms["dense"] / 1000, "ours": ours / 1000}
+    assert second["composed_s"]["paper"] == pytest.approx(wanted)
+
+
+def test_the_documents_table_comes_from_the_data(load, tmp_path, monkeypatch):
+    docs = load("update_docs")
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    assert docs.models() == "Not measured yet."
+    record = dict(gpu="G", torch="2", triton="3", size=[129, 720, 1280], steps=50)
+    seconds = {"dense, as shipped": 900.0, "dense": 600.0, "dense, cuDNN": 500.0, "ours": 250.0}
+    data = {"hunyuan-720p": record | {"composed_s": {"paper": seconds}}, "begun": record}
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "model.json").write_text(json.dumps(data))
+    about, _, *table = docs.models().splitlines()
+    assert about == "One G, torch 2, triton 3." and len(table) == 3
+    cells = "hunyuan-720p", "129 x 720 x 1280", "50", "`paper`", "250"
+    cells += "900 (x 3.60)", "600 (x 2.40)", "500 (x 2.00)"
+    assert table[2] == f"| {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("model", ["hunyuan-720p", "wan-480p", "cogvideox-5b"])
+def test_compiled_blocks(model, load, tmp_path):
+    output = tmp_path / "model.json"
+    arguments = ["--tiny", f"--models={model}", f"--steps={STEPS}", "--iters=1", "--compile=eager"]
+    load("benchmark_model").main([*arguments, f"--output={output}"])
+    record = json.loads(output.read_text())[f"{model}, compiled"]
+    assert record["gate"]["ours"] < 1e-5 and "ours" in record["composed_s"]["paper"]
+
+
+def test_profile_shows_kernels(load, tmp_path, capsys):
+    benchmark = load("benchmark_model")
+    arguments = ["--tiny", "--models=cogvideox-5b", f"--steps={STEPS}", "--profile"]
+    benchmark.main([*arguments, f"--output={tmp_path / 'model.json'}"])
+    assert "aten::" in capsys.readouterr().out

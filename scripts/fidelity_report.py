@@ -1,11 +1,14 @@
 """Tables and the drawing of the fidelity benchmark's data."""
 
+import math
+from collections import Counter
 from html import escape
 from statistics import mean
 
 import torch
 
 RESAMPLES = 10_000
+PLOT, LEGEND = 500, 320  # widths
 COLOURS = {"ours": "#1f77b4", "rival": "#d62728", "paper": "#2ca02c"}
 HEADER = ["variant", "cost", "PSNR", "worst", "SSIM", "to the paper", "recall"]
 
@@ -29,8 +32,8 @@ def rows_of(runs):
         rows.append(
             [
                 run["variant"],
-                f"{mean(case['cost'] for case in cases):.3f}",
-                f"{mean(case['psnr'] for case in cases):.2f}",
+                f"{_cost(run):.3f}",
+                f"{_psnr(run):.2f}",
                 f"{min(case['psnr'] for case in cases):.2f}",
                 f"{mean(case['ssim'] for case in cases):.4f}",
                 _difference(run, by_name.get(run["reference"])),
@@ -76,11 +79,12 @@ def print_table(data):
             print("  ".join(cells).rstrip())
 
 
-def drawing(data, width=760, height=460):
-    """SVG of quality against cost: one panel for each witness and grid, every variant a dot."""
+def drawing(data):
+    """SVG of quality against cost: one panel for each witness and grid, a number for each run."""
     panels = groups(data)
+    height = 13 * max(map(len, panels.values())) + 80
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{PLOT + LEGEND}" '
         f'height="{height * len(panels)}" font-family="sans-serif" font-size="10">',
         '<rect width="100%" height="100%" fill="white"/>',
     ]
@@ -92,55 +96,60 @@ def drawing(data, width=760, height=460):
         if floor:
             title += f"; noise floor {_psnr(floor[0]):.1f} dB"
         parts.append(f'<g transform="translate(0 {index * height})">')
-        parts.append(f'<text x="50" y="18" font-size="13">{escape(title)}</text>')
+        parts.append(f'<text x="40" y="18" font-size="13">{escape(title)}</text>')
         if dots:
-            parts += _panel(dots, width, height)
+            parts += _panel(dots, usual_steps(data), height)
         parts.append("</g>")
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def usual_steps(data):
+    """The denoising steps of most runs."""
+    return Counter(run["steps"] for run in data["runs"]).most_common(1)[0][0]
 
 
 def _psnr(run):
     return mean(case["psnr"] for case in run["cases"])
 
 
-def _panel(runs, width, height):
-    points = [(mean(case["cost"] for case in run["cases"]), _psnr(run), run) for run in runs]
+def _cost(run):
+    return mean(case["cost"] for case in run["cases"])
+
+
+def _panel(runs, steps, height):
+    points = [(_cost(run), _psnr(run), run) for run in runs]
     lowest, highest = (f(y for _, y, _ in points) for f in (min, max))
-    span = max(highest - lowest, 1.0) * 1.1
+    span, bottom = max(highest - lowest, 1.0), height - 40
+    right = 0.1 * math.ceil(10 * max(cost for cost, _, _ in points) + 0.5)
 
     def x_at(cost):
-        return 50 + (width - 260) * min(cost, 1.0)
+        return 40 + (PLOT - 60) * cost / right
 
     def y_at(value):
-        return height - 50 - (height - 90) * (value - lowest + 0.05 * span) / span
+        return bottom - 15 - (bottom - 60) * (value - lowest) / span
 
     lines = [
-        f'<path d="M50 30V{height - 40}H{width - 210}" fill="none" stroke="#444"/>',
-        f'<text x="{width // 2 - 130}" y="{height - 10}">attention work relative to dense</text>',
-        '<text x="6" y="30">dB</text>',
+        f'<path d="M40 30V{bottom}H{PLOT - 20}" fill="none" stroke="#444"/>',
+        f'<text x="{PLOT // 2 - 80}" y="{height - 8}">attention work relative to dense</text>',
+        '<text x="8" y="34">dB</text>',
     ]
-    for tenth in range(0, 11, 2):
-        x = x_at(tenth / 10)
-        lines.append(f'<text x="{x:.0f}" y="{height - 26}">{tenth / 10:g}</text>')
+    for tenth in range(round(10 * right) + 1):
+        lines.append(
+            f'<text x="{x_at(tenth / 10) - 6:.0f}" y="{bottom + 14}">{tenth / 10:g}</text>'
+        )
     for part in range(5):
-        value = lowest + (highest - lowest) * part / 4
-        lines.append(f'<text x="16" y="{y_at(value) + 3:.0f}">{value:.1f}</text>')
-    lines += _labelled(points, x_at, y_at, height)
-    return lines
-
-
-def _labelled(points, x_at, y_at, height):
-    """Dots, each with its name at the right, names pushed apart where they would overlap."""
-    lines, below = [], 30.0
-    for cost, value, run in sorted(points, key=lambda point: -point[1]):
-        x, y = x_at(cost), y_at(value)
-        below = max(y + 3, below + 11)
+        value = lowest + span * part / 4
+        lines.append(f'<text x="8" y="{y_at(value) + 3:.0f}">{value:.1f}</text>')
+    points.sort(key=lambda point: -point[1])
+    for number, (cost, value, run) in enumerate(points, 1):
         kind = "rival" if run["rival"] else "paper" if run["variant"] == "paper" else "ours"
-        few = "" if run["steps"] == 50 else f", {run['steps']} steps"
+        few = "" if run["steps"] == steps else f", {run['steps']} steps"
         name = run["variant"] + (few if few not in run["variant"] else "")
+        fill, x, y = f'fill="{COLOURS[kind]}"', x_at(cost), y_at(value)
         lines += [
-            f'<path d="M{x + 4:.1f} {y:.1f}L{x + 16:.1f} {below - 3:.1f}" stroke="#ccc"/>',
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{COLOURS[kind]}"/>',
-            f'<text x="{x + 18:.1f}" y="{below:.1f}" fill="{COLOURS[kind]}">{escape(name)}</text>',
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" {fill}/>',
+            f'<text x="{x + 5:.1f}" y="{y + 3.5:.1f}" {fill}>{number}</text>',
+            f'<text x="{PLOT}" y="{26 + 13 * number}" {fill}>{number}</text>',
+            f'<text x="{PLOT + 20}" y="{26 + 13 * number}" {fill}>{escape(name)}</text>',
         ]
     return lines

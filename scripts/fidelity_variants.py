@@ -44,14 +44,18 @@ VARIANTS = {
     "tail by means of 16": _ours(tail="mean", tail_pool=16),
     "tail by moments of 128, layer budget": _ours(**_MOMENT, tail_pool=128),
     "tail by moments of 64, layer budget, error": _ours(**_ERROR, tail_pool=64),
-    "the same, blocks 128 x 64": _ours(**_ERROR, tail_pool=64, key_block=64),
-    "the same, blocks 64 x 64": _ours(**_ERROR, tail_pool=64, key_block=64, query_block=64),
+    "tail by moments of 64, layer budget, error, 128 x 64": _ours(
+        **_ERROR, tail_pool=64, key_block=64
+    ),
+    "tail by moments of 64, layer budget, error, 64 x 64": _ours(
+        **_ERROR, tail_pool=64, key_block=64, query_block=64
+    ),
     "tail by moments of 16, layer budget": _ours(**_MOMENT, tail_pool=16),
     "tail by moments of 32, layer budget, error, 128 x 64": _ours(**_BEST),
-    "the same, dense 6 %, keep 0.2 to 0.05": _ours(
+    "tail by moments of 32, dense 6 %, keep 0.2 to 0.05": _ours(
         **_BEST, dense_fraction=0.06, keep_ratios=(0.2, 0.15, 0.1, 0.05)
     ),
-    "the same, one dense step, keep 0.15": _ours(
+    "tail by moments of 32, one dense step, keep 0.15": _ours(
         **_BEST, dense_fraction=0.02, keep_ratios=(0.15,), refreshes=4
     ),
     # Few-step runs, one dense step.

@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from fidelity_report import HEADER, drawing, groups, rows_of, title_of
+from fidelity_report import HEADER, drawing, groups, rows_of, title_of, usual_steps
 
 from dfsattn_diffusers import list_presets
 from dfsattn_diffusers.configs import resolve_config
@@ -74,10 +74,11 @@ def fidelity():
         return "Not measured yet: there is no `benchmarks/fidelity_h200.json`."
     machine, settings = data["machine"], data["settings"]
     parts = [
-        f"One {machine['gpu']}, torch {machine['torch']}, diffusers {machine['diffusers']}, guidance {settings['guidance']:g}; "
-        "50 steps where the name does not say otherwise. PSNR in dB and SSIM to the dense clip of "
-        "the same seed, mean over cases; `worst` is the lowest PSNR of a case; `to the paper` is "
-        "the mean paired difference in dB, with its 95 % bootstrap interval.\n\n"
+        f"One {machine['gpu']}, torch {machine['torch']}, diffusers {machine['diffusers']}, "
+        f"guidance {settings['guidance']:g}; {usual_steps(data)} steps where the name does not say "
+        "otherwise. PSNR in dB and SSIM to the dense clip of the same seed, mean over cases; "
+        "`worst` is the lowest PSNR of a case; `to the paper` is the mean paired difference in dB, "
+        "with its 95 % bootstrap interval.\n\n"
         "![Quality against cost](fidelity.svg)"
     ]
     for (witness, grid), runs in groups(data).items():

@@ -35,10 +35,12 @@ def presets():
                 f"{config.dense_fraction:.0%}",
                 ", ".join(f"{ratio:g}" for ratio in config.keep_ratios),
                 f"per {config.budget}",
+                f"{config.query_block} x {config.key_block}",
+                f"{config.tail} of {config.tail_pool}" if config.tail else "dropped",
                 f"{nominal_cost(config):.2f}",
             ]
         )
-    header = ["preset", "dense share of the steps", "kept ratios", "budget", "density at 50 steps"]
+    header = ["preset", "dense steps", "kept ratios", "budget", "blocks", "the rest", "cost"]
     return markdown(header, rows)
 
 

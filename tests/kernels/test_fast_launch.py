@@ -34,8 +34,13 @@ def test_fits_the_gpu(arch):
         assert build["wgmma"] == (arch == 90 and products), build
 
 
-def compile_for(arch, kernel, constants, num_warps=4, num_stages=3, types=()):
-    """Compile the kernel without a GPU and ask ptxas what it takes."""
+def compile_for(
+    arch, kernel, constants, num_warps=4, num_stages=3, types=(), *, aligned="stride_", fuse=True
+):
+    """Compile the kernel without a GPU and ask ptxas what it takes.
+
+    Arguments whose name starts with `aligned` count as multiples of 16, as they are in practice.
+    """
     import re
     import tempfile
 
@@ -54,10 +59,10 @@ def compile_for(arch, kernel, constants, num_warps=4, num_stages=3, types=()):
         {
             (i,): [["tt.divisibility", 16]]
             for i, (name, kind) in enumerate(signature.items())
-            if kind.startswith("*") or name.startswith("stride_")
+            if kind.startswith("*") or name.startswith(aligned)
         },
     )
-    options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+    options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fuse)
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = built.asm["ptx"]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -77,6 +82,7 @@ def compile_for(arch, kernel, constants, num_warps=4, num_stages=3, types=()):
         spilled=int(re.search(r"(\d+) bytes spill stores", log)[1]),
         shared=built.metadata.shared,
         wgmma="wgmma.mma_async" in ptx,
+        half_loads=len(re.findall(r"ld\.global\S*\.b16", ptx)),
     )
 
 

@@ -13,11 +13,13 @@ package.__path__ = [sys.argv[1]]
 sys.modules["dfsattn_diffusers"] = package
 import torch
 from dfsattn_diffusers.kernels import BlockMap, block_sparse_attention, explain, list_backends
+from dfsattn_diffusers.kernels.prologue import Stream, prepare_qkv
 assert "triton" in list_backends()
 q = torch.ones(1, 1, 3, 64)
 block_map = BlockMap.full(1, 1, 1, 1, query_block=64, key_block=64)
 assert torch.equal(block_sparse_attention(q, q, q, block_map), q)
 print(explain(q, q, q, block_map))
+assert torch.equal(prepare_qkv([Stream(q, q, q)]).v, q.transpose(1, 2))
 try:
     block_sparse_attention(q, q, q, block_map, backend="triton")
 except ValueError as error:

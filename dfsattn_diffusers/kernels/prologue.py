@@ -1,0 +1,256 @@
+"""From projections to attention in one pass: QK norm, rotary embedding, order, pooled tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .fast import fast
+
+NORM_KINDS = ("rms", "rms_all_heads", "layer")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """QK norm of one stream's queries or keys. Statistics are float32.
+
+    Attributes:
+        kind: "rms" and "layer" normalise each head, "rms_all_heads" all heads of a token together.
+            "rms" rounds to x's dtype before the weight and after it, as diffusers' `RMSNorm` does;
+            the others round once, as torch's norms do.
+        weight, bias: `[D]`, or `[H * D]` over all heads, in x's dtype; None for 1 and 0. A bias
+            needs kind "layer" and a weight.
+        eps: Added to the variance.
+    """
+
+    kind: str
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary embedding of consecutive rows, `first_row` to `first_row + R`.
+
+    Attributes:
+        cos, sin: `R * D` values as the host passes them, `[R, D]` or `[1, R, 1, D]`. The two
+            entries of a pair are equal: cos is read from the first, sin from the second.
+        first_row: Counted over all streams.
+        interleaved: Pairs are neighbours, else the halves of a head.
+        float32_steps: Products and sums are float32, as in `apply_rotary_emb` of diffusers; else of
+            the promoted dtype of x and the table, as in its Wan processor. Differs for half tables.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    first_row: int = 0
+    interleaved: bool = True
+    float32_steps: bool = True
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Projections of one token sequence, `[B, N, H, D]` each; parts of a fused projection serve."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What attention and block scores read.
+
+    Attributes:
+        q, k, v: `[B, H, P, D]`, contiguous, or with `heads_first=False` `[B, P, H, D]`.
+        q_tiles, k_tiles: `[B, H, T, D]` float32 means over each tile's real tokens of the rounded q
+            and k, 0 for a tile without any; None unless asked for.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_tiles: Tensor | None = None
+    k_tiles: Tensor | None = None
+
+
+def prepare_qkv(
+    streams: Sequence[Stream],
+    rotary: Rotary | None = None,
+    source: Tensor | None = None,
+    *,
+    heads_first: bool = True,
+    tile_lengths: Tensor | None = None,
+) -> Prepared:
+    """Norm, rotate and order queries, keys and values, with the roundings of the stock processors.
+
+    Args:
+        streams: One or two, such as video and text; their rows count on from one to the next.
+        rotary: Rows to rotate after the norm; None for none.
+        source: `[P]` int32, the row of each slot; -1 for padding, which becomes 0. None keeps the
+            model's order, `P = N`.
+        heads_first: Layout of the outputs. Without it, v of a single stream in the model's order is
+            the input itself.
+        tile_lengths: `[B or 1, T]` int32 real tokens at the front of each of `T` equal tiles; asks
+            for pooled tiles.
+
+    Returns:
+        New tensors of the streams' dtype and device, but for v as above.
+
+    Raises:
+        ValueError: Arguments do not fit each other.
+
+    Source: diffusers 0.42 (WanAttnProcessor, HunyuanVideoAttnProcessor2_0,
+    CogVideoXAttnProcessor2_0); `reference` is the specification.
+    """
+    _check(streams, rotary, source, tile_lengths)
+    kernels = fast("prologue_kernels", streams[0].q)
+    trained = torch.is_grad_enabled() and streams[0].q.requires_grad
+    if kernels and not trained and kernels.can_prepare(streams, rotary, source, tile_lengths):
+        return kernels.prepare_qkv(streams, rotary, source, heads_first, tile_lengths)
+    return reference(streams, rotary, source, heads_first=heads_first, tile_lengths=tile_lengths)
+
+
+def reference(
+    streams: Sequence[Stream],
+    rotary: Rotary | None = None,
+    source: Tensor | None = None,
+    *,
+    heads_first: bool = True,
+    tile_lengths: Tensor | None = None,
+) -> Prepared:
+    """`prepare_qkv` in torch, for any dtype and device."""
+    q = _join([apply_norm(stream.q, stream.q_norm) for stream in streams])
+    k = _join([apply_norm(stream.k, stream.k_norm) for stream in streams])
+    v = _join([stream.v for stream in streams])
+    if rotary is not None:
+        q, k = rotate(q, rotary), rotate(k, rotary)
+    q, k, v = (_place(x, source, heads_first) for x in (q, k, v))
+    if tile_lengths is None:
+        return Prepared(q, k, v)
+    tiles = (_pool(x if heads_first else x.transpose(1, 2), tile_lengths) for x in (q, k))
+    return Prepared(q, k, v, *tiles)
+
+
+def apply_norm(x: Tensor, norm: Norm | None) -> Tensor:
+    """`norm` of `[B, N, H, D]`."""
+    if norm is None:
+        return x
+    if norm.kind == "layer":
+        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    if norm.kind == "rms_all_heads":
+        flat = x.flatten(2)
+        return F.rms_norm(flat, flat.shape[-1:], norm.weight, norm.eps).view(x.shape)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+    x = wide.to(x.dtype)
+    return x if norm.weight is None else x * norm.weight
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """`[B, N, H, D]` with the rows of `rotary` rotated."""
+    head_dim = x.shape[-1]
+    pairs = (-1, 2) if rotary.interleaved else (2, -1)
+    member = -1 if rotary.interleaved else -2
+    cos, sin = (table.reshape(-1, 1, head_dim) for table in (rotary.cos, rotary.sin))
+    rows = slice(rotary.first_row, rotary.first_row + cos.shape[0])
+    cos = cos.unflatten(-1, pairs).select(member, 0)
+    sin = sin.unflatten(-1, pairs).select(member, 1)
+    step = torch.float32 if rotary.float32_steps else x.dtype
+    part = x[:, rows].to(torch.promote_types(x.dtype, step))
+    first, second = part.unflatten(-1, pairs).unbind(member)
+    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], member)
+    return torch.cat([x[:, : rows.start], turned.flatten(-2).to(x.dtype), x[:, rows.stop :]], 1)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _place(x: Tensor, source: Tensor | None, heads_first: bool) -> Tensor:
+    if source is not None:
+        x = x.index_select(1, source.clamp(min=0)).masked_fill((source < 0)[:, None, None], 0)
+    return x.transpose(1, 2).contiguous() if heads_first else x
+
+
+def _pool(x: Tensor, lengths: Tensor) -> Tensor:
+    tiles = x.unflatten(2, (lengths.shape[1], -1))
+    real = torch.arange(tiles.shape[3], device=x.device) < lengths[..., None]
+    total = tiles.masked_fill(~real[:, None, :, :, None], 0).sum(3, dtype=torch.float32)
+    return total / lengths.clamp(min=1)[:, None, :, None]
+
+
+def _check(streams, rotary, source, tile_lengths) -> None:
+    if len(streams) not in (1, 2):
+        raise ValueError(f"streams must be one or two, got {len(streams)}")
+    like = streams[0].q
+    for stream in streams:
+        _check_stream(stream, like)
+    batch, rows = like.shape[0], sum(stream.q.shape[1] for stream in streams)
+    if rotary is not None:
+        _check_rotary(rotary, rows, like)
+    slots = rows
+    if source is not None:
+        if source.dtype != torch.int32 or source.ndim != 1 or source.device != like.device:
+            raise ValueError(
+                f"source must be int32 [P] on {like.device}, got {source.dtype} "
+                f"{list(source.shape)} on {source.device}"
+            )
+        slots = source.numel()
+    if tile_lengths is not None:
+        shape = list(tile_lengths.shape)
+        fits = len(shape) == 2 and shape[0] in (1, batch) and shape[1] and slots % shape[1] == 0
+        if not fits or tile_lengths.dtype != torch.int32 or tile_lengths.device != like.device:
+            raise ValueError(
+                f"tile_lengths must be int32 [{batch} or 1, T] on {like.device}, T a divisor of "
+                f"the {slots} slots, got {tile_lengths.dtype} {shape} on {tile_lengths.device}"
+            )
+
+
+def _check_stream(stream: Stream, like: Tensor) -> None:
+    for name, x in (("q", stream.q), ("k", stream.k), ("v", stream.v)):
+        if x.ndim != 4 or 0 in x.shape or not x.is_floating_point() or x.shape[-1] % 2:
+            raise ValueError(
+                f"{name} must be a floating [B, N, H, D] tensor, D even, nothing empty, got "
+                f"{x.dtype} {list(x.shape)}"
+            )
+        wanted = (like.shape[0], stream.q.shape[1], *like.shape[2:])
+        if x.shape != wanted or (x.dtype, x.device) != (like.dtype, like.device):
+            raise ValueError(
+                f"{name} must be {like.dtype} {list(wanted)} on {like.device} like the other "
+                f"projections, got {x.dtype} {list(x.shape)} on {x.device}"
+            )
+    for norm in filter(None, (stream.q_norm, stream.k_norm)):
+        if norm.kind not in NORM_KINDS:
+            raise ValueError(f"kind must be one of {', '.join(NORM_KINDS)}, got {norm.kind!r}")
+        if norm.bias is not None and (norm.kind != "layer" or norm.weight is None):
+            raise ValueError(f"bias needs kind 'layer' and a weight, got kind {norm.kind!r}")
+        heads = like.shape[2] if norm.kind == "rms_all_heads" else 1
+        for name, x in (("weight", norm.weight), ("bias", norm.bias)):
+            fits = x is None or x.numel() == heads * like.shape[3]
+            if not fits or x is not None and (x.dtype, x.device) != (like.dtype, like.device):
+                raise ValueError(
+                    f"{name} of a {norm.kind!r} norm must be {like.dtype} "
+                    f"[{heads * like.shape[3]}] on {like.device}, got {x.dtype} "
+                    f"{list(x.shape)} on {x.device}"
+                )
+
+
+def _check_rotary(rotary: Rotary, rows: int, like: Tensor) -> None:
+    head_dim, room = like.shape[3], rows - rotary.first_row
+    for name, x in (("cos", rotary.cos), ("sin", rotary.sin)):
+        count = x.numel() // head_dim
+        like_cos = (x.shape, x.dtype) == (rotary.cos.shape, rotary.cos.dtype)
+        fits = like_cos and x.shape[-1:] == (head_dim,)
+        if not fits or rotary.first_row < 0 or count > room or x.device != like.device:
+            raise ValueError(
+                f"{name} must be [R, {head_dim}] on {like.device} like cos, R at most {room} rows "
+                f"from first_row {rotary.first_row} on, got {x.dtype} {list(x.shape)} on {x.device}"
+            )

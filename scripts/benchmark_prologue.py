@@ -1,0 +1,228 @@
+"""Time the prologue beside a device copy of the same bytes and eager torch, on one CUDA GPU.
+
+Values are random and new in every run. A kernel that is not right is not timed.
+"""
+
+import json
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from dataclasses import astuple, dataclass, fields, replace
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+from benchmark_kernel import milliseconds
+
+from dfsattn_diffusers.kernels import prologue_kernels
+from dfsattn_diffusers.kernels.prologue import Norm, Rotary, Stream, prepare_qkv, reference
+from dfsattn_diffusers.layout import TokenGeometry, TokenLayout
+
+BLOCK, TILE = 128, 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention call of a model: grid, text, heads, head dim, and how it projects."""
+
+    grid: tuple[int, int, int]
+    text_tokens: int
+    heads: int
+    head_dim: int
+    norm: str
+    text_first: bool = False
+    two_streams: bool = False
+
+
+SHAPES = {
+    "wan-720p": Shape((21, 45, 80), 0, 40, 128, "rms_all_heads"),
+    "hunyuan-720p": Shape((33, 45, 80), 256, 24, 128, "rms", two_streams=True),
+    "hunyuan-720p-single": Shape((33, 45, 80), 256, 24, 128, "rms"),
+    "cogvideox": Shape((13, 30, 45), 226, 48, 64, "layer", text_first=True),
+}
+# Ragged and small, for the first check.
+SMALL_GRID, SMALL_TEXT = (3, 5, 7), 9
+
+
+class Problem:
+    """Random arguments of `prepare_qkv`."""
+
+    def __init__(self, shape, dtype):
+        self.geometry = TokenGeometry(shape.grid, shape.text_tokens, shape.text_first)
+        blocks = dict(tile_size=TILE, query_block=BLOCK, key_block=BLOCK)
+        layout = TokenLayout.build(self.geometry, order="hilbert3d", **blocks, device="cuda")
+        self.source, self.tile_lengths = layout.target, layout.lengths(TILE)
+        kinds = dict(device="cuda", dtype=dtype)
+
+        def norm():
+            size = shape.head_dim * (shape.heads if shape.norm == "rms_all_heads" else 1)
+            bias = torch.randn(size, **kinds) if shape.norm == "layer" else None
+            return Norm(shape.norm, torch.randn(size, **kinds), bias)
+
+        def stream(rows):
+            qkv = (torch.randn(1, rows, shape.heads, shape.head_dim, **kinds) for _ in "qkv")
+            return Stream(*qkv, norm(), norm())
+
+        video, text = self.geometry.video_tokens, self.geometry.text_tokens
+        rows = (video, text) if shape.two_streams else (video + text,)
+        self.streams = [stream(count) for count in rows]
+        angle = torch.rand(video, shape.head_dim // 2, device="cuda").repeat_interleave(2, 1) * 6
+        self.rotary = Rotary(angle.cos(), angle.sin(), text if shape.text_first else 0)
+
+    def variant(self, name):
+        """Arguments after the streams, by name."""
+        ordered = dict(rotary=self.rotary, source=self.source)
+        return {
+            "curve order": ordered,
+            "curve order and tiles": ordered | dict(tile_lengths=self.tile_lengths),
+            "model order": dict(rotary=self.rotary, heads_first=False),
+        }[name]
+
+    def exact(self, **arguments):
+        def double(norm):
+            bias = norm.bias if norm.bias is None else norm.bias.double()
+            return replace(norm, weight=norm.weight.double(), bias=bias)
+
+        streams = [
+            Stream(x.q.double(), x.k.double(), x.v.double(), double(x.q_norm), double(x.k_norm))
+            for x in self.streams
+        ]
+        return reference(streams, **arguments)
+
+
+def parts(prepared):
+    names = ("q", "k", "v", "q_tiles", "k_tiles")
+    return {name: x for name in names if (x := getattr(prepared, name)) is not None}
+
+
+def check(name, problem, call, arguments):
+    """Exit unless the outputs err no more than twice as much as eager code, plus one rounding."""
+    got = parts(call(problem.streams, **arguments))
+    eager = parts(reference(problem.streams, **arguments))
+    for part, exact in parts(problem.exact(**arguments)).items():
+        allowed = 2 * (eager[part] - exact).abs().max()
+        allowed += torch.finfo(got[part].dtype).eps * exact.abs().max()
+        error = (got[part] - exact).abs().max()
+        same = (got[part] == eager[part]).float().mean()
+        # Pooled means are sums in another order.
+        if not error <= allowed or (same < 0.99 and not part.endswith("tiles")):
+            sys.exit(
+                f"{name} is wrong in {part} {list(exact.shape)}: error {error:.2e}, allowed "
+                f"{allowed:.2e}, {same:.2%} of eager's bits; nothing was timed"
+            )
+
+
+def moved_bytes(problem, arguments, out):
+    """Bytes that have to be read and written once."""
+    inputs = [x for stream in problem.streams for x in (stream.q, stream.k, stream.v)]
+    in_place = any(out.v is stream.v for stream in problem.streams)
+    inputs = inputs[:2] if in_place else inputs
+    outputs = [x for name, x in parts(out).items() if not (in_place and name == "v")]
+    tables = [problem.rotary.cos, problem.rotary.sin, arguments.get("source")]
+    return sum(x.nbytes for x in (*inputs, *outputs, *tables) if x is not None)
+
+
+def copy_ms(count, iterations):
+    """Of a device copy that moves `count` bytes, half of them reads."""
+    source = torch.empty(count // 2, device="cuda", dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return milliseconds(lambda: target.copy_(source), iterations)
+
+
+def benchmark(shape, args):
+    """Rows of the table for one shape."""
+    problem, rows = Problem(SHAPES[shape], args.dtype), []
+    for variant in args.variants:
+        arguments = problem.variant(variant)
+        out = prepare_qkv(problem.streams, **arguments)
+        count = moved_bytes(problem, arguments, out)
+        del out
+        copy = copy_ms(count, args.iters)
+        for name, call in args.calls.items():
+            if call is not reference:
+                check(f"{name}, {variant}, {shape}", problem, call, arguments)
+            ms = milliseconds(partial(call, problem.streams, **arguments), args.iters)
+            rows.append(
+                dict(shape=shape, variant=variant, kernel=name, ms=ms, copy_ms=copy,
+                     gb_per_s=count / ms / 1e6, share_of_copy=copy / ms)
+            )  # fmt: skip
+            print(
+                f"| {shape} | {variant} | {name} | {ms:.3f} | {count / ms / 1e6:.0f} | "
+                f"{copy / ms:.0%} |",
+                flush=True,
+            )
+    return rows
+
+
+def with_settings(settings):
+    def call(streams, rotary=None, source=None, *, heads_first=True, tile_lengths=None):
+        return prologue_kernels.prepare_qkv(
+            streams, rotary, source, heads_first, tile_lengths, settings
+        )
+
+    return call
+
+
+def launch_settings(text):
+    numbers = list(map(int, text.split(",")))
+    if len(numbers) != len(fields(prologue_kernels.LaunchSettings)):
+        raise ValueError(text)
+    return prologue_kernels.LaunchSettings(*numbers)
+
+
+def main(argv=None):
+    variants = ["curve order", "curve order and tiles", "model order"]
+    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="what to time")
+    add("--variants", nargs="+", choices=variants, default=variants, help="what to ask for")
+    add("--iters", type=int, default=20, help="timed runs, after 3 for warm-up")
+    add("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of q, k and v")
+    add("--settings", nargs="*", type=launch_settings, default=[], metavar="LAUNCH",
+        help="also time slots, tokens, elements, warps and stages like 16,4,4096,4,2")
+    add("--no-eager", dest="eager", action="store_false", help="leave out eager torch")
+    add("--seed", type=int, help="of the random values; another one every time by default")
+    add("--output", type=Path, help="JSON file to write")
+    args = parser.parse_args(argv)
+    if args.iters < 1:
+        parser.error(f"--iters must be at least 1, got {args.iters}")
+    if not torch.cuda.is_available():
+        parser.error("this needs a CUDA GPU, and torch sees none")
+
+    seed = torch.seed() if args.seed is None else args.seed
+    torch.manual_seed(seed)
+    args.dtype = getattr(torch, args.dtype)
+    args.calls = {"ours": prepare_qkv}
+    for settings in args.settings:
+        args.calls[f"ours, {','.join(map(str, astuple(settings)))}"] = with_settings(settings)
+    with torch.no_grad():
+        for name, shape in SHAPES.items():
+            text = SMALL_TEXT if shape.text_tokens else 0
+            small = Problem(replace(shape, grid=SMALL_GRID, text_tokens=text), args.dtype)
+            for kernel, call in args.calls.items():
+                for variant in variants:
+                    check(f"{kernel}, {variant}, small {name}", small, call, small.variant(variant))
+    if args.eager:
+        args.calls["eager torch"] = reference
+
+    about = dict(
+        gpu=torch.cuda.get_device_name(),
+        torch=torch.__version__,
+        triton=triton.__version__,
+        dtype=str(args.dtype).removeprefix("torch."),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        seed=seed,
+        iterations=args.iters,
+    )
+    print(", ".join(f"{key} {about[key]}" for key in ("gpu", "torch", "triton", "dtype", "date")))
+    print("\n| shape | variant | kernel | ms | GB/s | share of copy |\n|---|---|---|---|---|---|")
+    with torch.no_grad():
+        rows = [row for shape in args.shapes for row in benchmark(shape, args)]
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

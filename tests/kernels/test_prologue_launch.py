@@ -1,0 +1,74 @@
+"""The prologue compiles for every kind of GPU without spilling, and loads whole vectors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_fast_launch import SHARED_MEMORY, compile_for
+
+# Norm, head dim, heads, two streams, pooled tiles.
+CALLS = {
+    "wan": ("rms_all_heads", 128, 40, False, True),
+    "hunyuan": ("rms", 128, 24, True, True),
+    "cogvideox": ("layer", 64, 48, False, False),
+    "cogvideox-2b": (None, 64, 30, False, True),
+}
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
+def test_fits_the_gpu(arch):
+    pytest.importorskip("triton")
+    here = Path(__file__).parent
+    path = os.pathsep.join(filter(None, [str(here.parents[1]), os.environ.get("PYTHONPATH")]))
+    run = subprocess.run(
+        [sys.executable, __file__, str(arch)],
+        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    builds = json.loads(run.stdout.splitlines()[-1])
+    assert len(builds) == len(CALLS)
+    for build in builds:
+        assert build["shared"] <= SHARED_MEMORY[arch] // 2, build
+        assert build["spilled"] == 0, build
+        assert build["half_loads"] == 0, build
+
+
+def compile_call(arch, norm, head_dim, heads, two, pool):
+    import triton.language as tl
+
+    from dfsattn_diffusers.kernels.prologue_kernels import launch_shape, prologue_kernel
+
+    slots, tokens, group, settings = launch_shape(heads, head_dim, 16 if pool else None)
+    constants = dict(
+        NORM=norm, STEP=tl.float32, INTERLEAVED=norm is not None, D=head_dim, SLOTS=slots,
+        TOKENS=tokens, HEADS=group, STAGES=settings.num_stages, PARTS=3,
+    )  # fmt: skip
+    types = dict(eps="fp32", source="*i32")
+    kinds = dict.fromkeys(("q", "k", "v", "q_out", "k_out", "v_out"), "*bf16")
+    present = dict.fromkeys(("q2", "k2", "v2"), two)
+    for name in ("weight", "weight2", "bias", "bias2"):
+        wanted = norm == "layer" or norm is not None and name.startswith("weight")
+        present |= dict.fromkeys((f"q_{name}", f"k_{name}"), wanted and (two or name[-1] != "2"))
+    kinds |= dict.fromkeys(present, "*bf16")
+    kinds |= dict(q_tiles="*fp32", k_tiles="*fp32", lengths="*i32", cos="*fp32", sin="*fp32")
+    present |= dict.fromkeys(("q_tiles", "k_tiles", "lengths"), pool)
+    present |= dict.fromkeys(("cos", "sin"), norm is not None)
+    for name, kind in kinds.items():
+        if present.get(name, True):
+            types[name] = kind
+        else:
+            constants[name] = None
+    return compile_for(
+        arch, prologue_kernel, constants, settings.num_warps, types=types,
+        aligned=("stride_b", "stride_n", "stride_o"), fuse=False,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    builds = [compile_call(int(sys.argv[1]), *call) for call in CALLS.values()]
+    print(json.dumps(builds, default=str))

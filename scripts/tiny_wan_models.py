@@ -76,8 +76,15 @@ def encode_tokens(tokenizer, text_encoder, prompts):
     return text_encoder(ids, mask).last_hidden_state, mask
 
 
-def embed_prompts(tokenizer, text_encoder, prompts):
-    """What WanPipeline makes of prompts: `[len(prompts), 512, 128]`, zero after the last token."""
+def embed_prompts(tokenizer, text_encoder, prompts, tokens=PROMPT_TOKENS):
+    """Prompts for a transformer, at the length it was trained with.
+
+    Returns:
+        `[len(prompts), tokens, 128]`, zero after the last real token (with 512 tokens, what
+        WanPipeline makes of prompts), and the mask of real tokens, `[len(prompts), tokens]`.
+    """
     hidden, mask = encode_tokens(tokenizer, text_encoder, prompts)
-    hidden = hidden * mask.unsqueeze(-1)
-    return F.pad(hidden, (0, 0, 0, PROMPT_TOKENS - hidden.shape[1]))
+    hidden, mask = hidden[:, :tokens], mask[:, :tokens]
+    missing = tokens - hidden.shape[1]
+    hidden = F.pad(hidden * mask.unsqueeze(-1), (0, 0, 0, missing))
+    return hidden, F.pad(mask, (0, missing))

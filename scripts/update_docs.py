@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+from fidelity_report import HEADER, drawing, groups, rows_of, title_of, usual_steps
+
 from dfsattn_diffusers import list_presets
 from dfsattn_diffusers.configs import resolve_config
 from dfsattn_diffusers.schedule import nominal_cost
@@ -63,6 +65,29 @@ def kernels():
     return about + markdown(header, rows)
 
 
+def fidelity_data():
+    path = ROOT / "benchmarks" / "fidelity_h200.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def fidelity():
+    data = fidelity_data()
+    if data is None or not groups(data):
+        return "Not measured yet: there is no `benchmarks/fidelity_h200.json`."
+    machine, settings = data["machine"], data["settings"]
+    parts = [
+        f"One {machine['gpu']}, torch {machine['torch']}, diffusers {machine['diffusers']}, "
+        f"guidance {settings['guidance']:g}; {usual_steps(data)} steps where the name does not say "
+        "otherwise. PSNR in dB and SSIM to the dense clip of the same seed, mean over cases; "
+        "`worst` is the lowest PSNR of a case; `to the paper` is the mean paired difference in dB, "
+        "with its 95 % bootstrap interval.\n\n"
+        "![Quality against cost](fidelity.svg)"
+    ]
+    for (witness, grid), runs in groups(data).items():
+        parts.append(f"### {title_of(witness, grid, runs)}\n\n{markdown(HEADER, rows_of(runs))}")
+    return "\n\n".join(parts)
+
+
 def models():
     path = ROOT / "benchmarks" / "model.json"
     if not path.exists():
@@ -88,7 +113,9 @@ def models():
 TABLES = {
     "README.md": {"presets": presets},
     "docs/performance.md": {"kernels": kernels, "models": models},
+    "docs/fidelity.md": {"fidelity": fidelity},
 }
+DRAWING = "docs/fidelity.svg"
 
 
 def updated(path, text):
@@ -105,9 +132,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing, fail on differences")
     args = parser.parse_args()
-    for path in TABLES:
-        old = (ROOT / path).read_text()
-        new = updated(path, old)
+    paths = list(TABLES)
+    if fidelity_data() is not None:
+        paths.append(DRAWING)
+    for path in paths:
+        old = (ROOT / path).read_text() if (ROOT / path).exists() else ""
+        new = drawing(fidelity_data()) if path == DRAWING else updated(path, old)
         if args.check and new != old:
             sys.exit(f"{path} does not match the data: run python scripts/update_docs.py")
         if not args.check:

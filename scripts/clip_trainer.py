@@ -1,0 +1,172 @@
+"""Training of tiny video models: fresh clips, stages by the clock, averaged weights."""
+
+import copy
+import math
+import time
+import traceback
+
+import torch
+from procedural_clips import FRAMES
+from tiny_wan_models import embed_prompts
+from tiny_wan_vae import encode_clip
+from training_tools import autocast, cosine, steps_until, timed, update
+
+# A clip is so redundant that its layout and motion are plain to see at 97 % noise: only above it
+# does the caption decide, so training goes there often.
+TRAINING_SHIFTS = (3.0, 40.0)
+# Height and width of a stage's clips, the first as often as the others together.
+WARM = ((64, 64),)
+SMALL = ((128, 128), (112, 144), (144, 112))
+MIXED = ((128, 128), (256, 256), (256, 256), (112, 144))
+PROMPTS = (
+    "a red circle moves right over a green background",
+    "a blue square turns and a yellow star moves up over a purple background",
+    "a large orange star bounces over a blue background",
+    "a white triangle moves down over a red background that drifts right",
+    "a cyan ring moves left over a blue background",
+    "a large green cross moves up over an orange background",
+)
+
+
+def stages(warm, small, mixed, smoke=False):
+    """(name, clip sizes, pixels of a batch, seconds, rates): 1,088, 4,352 and 17,408 tokens."""
+    table = [
+        ("warm", WARM, 32 * 64**2, warm, (1e-3, 1e-3)),
+        ("small", SMALL, 16 * 128**2, small, (1e-3, 5e-4)),
+        ("mixed", MIXED, 4 * 256**2, mixed, (5e-4, 1e-5)),
+    ]
+    if smoke:
+        table = [
+            (name, [(h // 32 * 8, w // 32 * 8) for h, w in grids], 2 * 64**2, *rest)
+            for name, grids, _, *rest in table
+        ]
+    return table
+
+
+class Trainer:
+    """Trains `transformer` in place; `averaged` holds its moving average.
+
+    Args:
+        family: Loss and conventions of the model, see `witness_families`.
+        transformer: In any dtype.
+        tokenizer, text_encoder: Fixed.
+        vae: Fixed, on the device to train on.
+        source: A `ClipSource`.
+        log: A `Log`.
+        compiled: Whether to compile the blocks; goes on without where that fails.
+        shifts: Range of the noise level's shift; higher means more noise.
+    """
+
+    def __init__(
+        self,
+        family,
+        transformer,
+        tokenizer,
+        text_encoder,
+        vae,
+        source,
+        log,
+        compiled,
+        shifts=TRAINING_SHIFTS,
+    ):
+        self.family, self.vae, self.source, self.log = family, vae, source, log
+        self.compiled, self.shifts = compiled, shifts
+        self.device = vae.device
+        self.mean, self.std = latent_statistics(vae)
+        self.tokenizer = tokenizer
+        self.transformer = transformer.to(self.device, torch.float32).train()
+        self.text_encoder = text_encoder.to(self.device, torch.float32).eval()
+        self.text_encoder.requires_grad_(False)
+        self.averaged = copy.deepcopy(self.transformer).eval()
+        self.optimizer = torch.optim.AdamW(
+            self.transformer.parameters(), betas=(0.9, 0.99), weight_decay=0.01
+        )
+        if compiled:
+            torch._dynamo.config.recompile_limit = 64
+            for block in blocks_of(self.transformer):
+                block.compile(fullgraph=True, dynamic=False)
+
+    @torch.no_grad()
+    def draw(self, pixels, height, width):
+        """Captions and normalised latents of fresh whole clips, as many as their frames allow."""
+        batch = max(1, pixels // (height * width))
+        captions, video = self.source.draw(batch, FRAMES, height, width)
+        with autocast(self.device):
+            mean, _ = encode_clip(self.vae, video)
+        return captions, (mean.float() - self.mean) / self.std
+
+    def loss(self, captions, latents):
+        captions = ["" if self.source.rng.random() < 0.1 else caption for caption in captions]
+        low, high = map(math.log, self.shifts)
+        logit = torch.randn(len(latents), device=self.device)
+        logit = logit + torch.empty_like(logit).uniform_(low, high)
+        text = embed_prompts(self.tokenizer, self.text_encoder, captions, self.family.text_tokens)
+        return self.family.loss(self.transformer, latents, logit, *text)
+
+    def warm_up(self, pixels, grids):
+        """Compile every grid; returns the seconds to draw a batch and to pass one both ways."""
+
+        def step(data):
+            self.loss(*data).backward()
+            self.optimizer.zero_grad(set_to_none=True)
+
+        for grid in (*grids, grids[0]):
+            data = self.draw(pixels, *grid)
+            try:
+                step(data)
+            except Exception:
+                if not self.compiled:
+                    raise
+                traceback.print_exc()
+                self.log("fallback", reason="the blocks do not compile here: going on without")
+                self.compiled = False
+                for block in blocks_of(self.transformer):
+                    block._compiled_call_impl = None
+                self.optimizer.zero_grad(set_to_none=True)
+                step(data)
+        timed(self.device, step, data)
+        return timed(self.device, self.draw, pixels, *grid)[0], timed(self.device, step, data)[0]
+
+    @torch.no_grad()
+    def average(self, decay):
+        target, latest = list(self.averaged.parameters()), list(self.transformer.parameters())
+        torch._foreach_lerp_(target, latest, 1 - decay)
+
+    def train(self, stage, grids, pixels, seconds, rates):
+        deadline = time.perf_counter() + seconds
+        drawing, passing = self.warm_up(pixels, grids)
+        # Where drawing is dear, clips come back with other noise.
+        fresh, pool, losses = min(1.0, 0.15 * passing / drawing), [], []
+        self.log(stage, pixels=pixels, drawing=drawing, passing=passing, fresh=fresh)
+        for step, share in steps_until(deadline):
+            if not pool or self.source.rng.random() < fresh:
+                common = self.source.rng.random() < 0.5
+                grid = grids[0] if common else self.source.rng.choice(grids[1:] or grids)
+                pool = [*pool[-63:], self.draw(pixels, *grid)]
+                data = pool[-1]
+            else:
+                data = self.source.rng.choice(pool)
+            loss = self.loss(*data)
+            losses.append(loss.detach())
+            update(self.optimizer, loss, min(1.0, (step + 1) / 100) * cosine(*rates, share))
+            self.average(min(0.999, (step + 1) / (step + 10)))
+            if step % 10 == 9:
+                recent = torch.stack(losses[-50:]).mean().item()  # waits for the device
+                if step % 50 == 49:
+                    self.log(stage, step=step + 1, loss=recent)
+        recent = torch.stack(losses[-200:]).mean().item()
+        self.log(stage, step=step + 1, loss_of_last_200=recent)
+
+
+def blocks_of(transformer):
+    """The repeated blocks: what the transformer's own lists hold."""
+    lists = [part for part in transformer.children() if isinstance(part, torch.nn.ModuleList)]
+    return [block for part in lists for block in part]
+
+
+def latent_statistics(vae):
+    """Mean and standard deviation of the latents by channel, `[1, C, 1, 1, 1]`."""
+    return tuple(
+        torch.tensor(values, device=vae.device).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )

@@ -1,0 +1,96 @@
+"""Train a tiny HunyuanVideo or CogVideoX for the fidelity benchmark, on the tiny Wan's latents.
+
+    python scripts/train_witness.py --family hunyuan_video \
+        --output benchmarks/witnesses/hunyuan_video --report outputs/hunyuan_video
+
+Text encoder and VAE are those of the package, fixed. Clips are drawn on the device, nothing is
+downloaded. Stages end by the clock: the same seed gives the same recipe, not the same bits.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from clip_trainer import PROMPTS, TRAINING_SHIFTS, Trainer, stages
+from procedural_clips import FRAMES, PLAIN, ClipSource
+from training_tools import Log, pack, save_sheet
+from witness_families import FAMILIES
+from witnesses import PATCH, Witness, load_tiny_parts, save_witness
+
+# Shares of the time for 1,088, 4,352, and up to 17,408 tokens; the rest is for saving and sampling.
+SHARES = (0.2, 0.35, 0.38)
+
+
+def sample(family, folder, report, device, sizes, steps, log):
+    """Generate the prompts with the saved witness and put them on contact sheets."""
+    witness = Witness(family, device, folder)
+    scale = witness.vae.config.scale_factor_spatial * PATCH
+    for height, width in sizes:
+        grid = (FRAMES + 1) // 2, height // scale, width // scale
+        latents = witness.generate(PROMPTS, range(len(PROMPTS)), grid, steps, guidance=4.0)
+        video = witness.decode(latents)
+        path = report / f"sheet_{height}x{width}.png"
+        save_sheet(video.permute(0, 4, 1, 2, 3) * 2 - 1, PROMPTS, path)
+        log("sample", sheet=path.name, finite=bool(latents.isfinite().all()))
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--family", required=True, choices=[name for name in FAMILIES if name != "wan"])
+    add("--output", type=Path, required=True, help="folder of the finished witness")
+    add("--report", type=Path, required=True, help="folder of the log, sheets and tar parts")
+    add("--seconds", type=float, default=285, help="for everything")
+    add("--seed", type=int, default=0)
+    add("--resume", type=Path, help="folder of an earlier witness to go on from")
+    add(
+        "--shifts",
+        type=float,
+        nargs=2,
+        default=TRAINING_SHIFTS,
+        metavar=("LOW", "HIGH"),
+        help="range of the noise level's shift",
+    )
+    add("--no-compile", dest="compiled", action="store_false")
+    add("--smoke", action="store_true", help="every stage at toy sizes, to test on a CPU")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    args.report.mkdir(parents=True, exist_ok=True)
+    log = Log(args.report / "train_log.jsonl")
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    log("start", family=args.family, device=name, torch=torch.__version__, seed=args.seed)
+
+    family = FAMILIES[args.family]()
+    tokenizer, text_encoder, vae = load_tiny_parts(device)
+    if args.resume is None:
+        transformer = family.build(vae.config.z_dim, depth=1 if args.smoke else 2)
+    else:
+        transformer = family.transformer_class.from_pretrained(args.resume, subfolder="transformer")
+    source = ClipSource(args.seed, device, PLAIN)
+    trainer = Trainer(
+        family, transformer, tokenizer, text_encoder, vae, source, log, args.compiled, args.shifts
+    )
+    plan = stages(*(share * args.seconds for share in SHARES))
+    sizes, steps = plan[2][1][:2], 25
+    if args.smoke:
+        sizes, steps = ((16, 24),), 2
+        plan = [(stage, sizes, 16 * 24, *rest) for stage, _, _, *rest in plan]
+    for stage, grids, pixels, seconds, rates in plan:
+        trainer.train(stage, grids, pixels, seconds, rates)
+        save_witness(trainer.averaged, family.scheduler(), args.output)
+        log("save", **pack(args.output, args.report))
+    sample(args.family, args.output, args.report, device, sizes, steps, log)
+    log("end")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .kernels import Tail, pool_tail
@@ -10,25 +9,6 @@ from .kernels.fast import fast
 
 # Largest slice of the tile affinity that is in memory at a time.
 _CHUNK_BYTES = 128 * 2**20
-
-
-def pool_tiles(x: Tensor, lengths: Tensor) -> Tensor:
-    """Mean of the real tokens of each tile.
-
-    Args:
-        x: `[B, H, P, D]` queries or keys in curve order; padding slots hold finite values.
-        lengths: `[B or 1, T]` int32, real tokens at the front of each of the `T` tiles.
-
-    Returns:
-        `[B, H, T, D]` float32; 0 for a tile without tokens.
-    """
-    kernels = fast("tile_scores", x)
-    if kernels and kernels.can_pool(x):
-        return kernels.pool_tiles(x, lengths)
-    tiles = x.unflatten(2, (lengths.shape[1], -1))
-    real = torch.arange(tiles.shape[3], device=x.device) < lengths[..., None]
-    total = (tiles * real[:, None, :, :, None]).sum(3, dtype=torch.float32)
-    return total / lengths.clamp(min=1)[:, None, :, None]
 
 
 def score_blocks(

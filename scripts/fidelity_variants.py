@@ -33,6 +33,7 @@ def _few(steps, **changes):
 
 _MOMENT = dict(tail="moment", budget="layer")
 _ERROR = dict(_MOMENT, selection="error")
+_MEAN = dict(_ERROR, tail="mean")
 _BEST = dict(_ERROR, tail_pool=32, key_block=64)
 
 # In order of importance: a run that is cut has done the first ones.
@@ -42,6 +43,10 @@ VARIANTS = {
     # Towards more than the paper, one step at a time.
     "tail by means of 128": _ours(tail="mean", tail_pool=128),
     "tail by means of 16": _ours(tail="mean", tail_pool=16),
+    "tail by means of 32, layer budget, error": _ours(**_MEAN, tail_pool=32),
+    "tail by means of 32, layer budget, error, 128 x 64": _ours(
+        **_MEAN, tail_pool=32, key_block=64
+    ),
     "tail by moments of 128, layer budget": _ours(**_MOMENT, tail_pool=128),
     "tail by moments of 64, layer budget, error": _ours(**_ERROR, tail_pool=64),
     "tail by moments of 64, layer budget, error, 128 x 64": _ours(
@@ -67,6 +72,7 @@ VARIANTS = {
     "preset quality": _ours("quality", min_tokens=0),
     "preset balanced": _ours("balanced", min_tokens=0),
     "preset fast": _ours("fast", min_tokens=0),
+    "preset turbo": _ours("turbo", min_tokens=0),
     # Other papers' rules, at the paper's cost.
     "raster blocks": Variant(rival="raster blocks"),
     "sliding window (STA)": Variant(rival="sliding window (STA)"),

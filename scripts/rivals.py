@@ -39,8 +39,9 @@ def in_place_of_ours(rule):
     """Sparse calls of DFSAttn run `rule` at their keep ratio; yields the list of their costs."""
     costs = []
 
-    def attend(query, key, value, layout, *_, keep_ratio, text_lengths=None, **__):
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    def attend(prepared, layout, *_, keep_ratio, text_lengths=None, **__):
+        x = (layout.from_curve(x) for x in (prepared.q, prepared.k, prepared.v))
+        q, k, v = (part.transpose(1, 2) for part in x)
         # The paper rounds down to whole blocks: no rule shall have more.
         blocks = -(-layout.geometry.video_tokens // BLOCK)
         share = row_budget(keep_ratio, blocks) / blocks

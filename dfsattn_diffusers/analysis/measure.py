@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..kernels import BlockMap
+from ..kernels.prologue import pool_tiles
 from ..layout import TokenLayout
-from ..score import pool_tiles, score_blocks
+from ..score import score_blocks
 from .recall import block_logits, estimated_recall, exact_recall, key_radius, recall_bound
 
 MEASURES = ("recall", "estimate", "bound", "bound_convex", "bound_tiles", "bound_cheap")

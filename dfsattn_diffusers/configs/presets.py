@@ -10,14 +10,16 @@ from .config import DFSAttnConfig
 
 DEFAULT_PRESET = "balanced"
 
-# Below about 4,000 tokens dense attention is too short for sparsity to pay. PSNR to the dense demo
-# (4,352 tokens, 16 steps): paper 23.8 dB, fast 23.9, balanced 27.0, quality 29.3; 15 % dense steps
-# and ratios of 0.25, 0.15, 0.1 gave 16.4.
+# Below about 4,000 tokens dense attention is too short for sparsity to pay.
+_BEYOND: dict[str, Any] = dict(
+    tail="mean", tail_pool=32, budget="layer", selection="error", min_tokens=4096
+)
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "quality": dict(keep_ratios=(0.5, 0.4, 0.3), budget="layer", min_tokens=4096),
-    "balanced": dict(keep_ratios=(0.4, 0.3, 0.2), budget="layer", min_tokens=4096),
-    "fast": dict(budget="layer", min_tokens=4096),
+    "quality": dict(_BEYOND, keep_ratios=(0.5, 0.4, 0.3)),
+    "balanced": dict(_BEYOND),
+    "fast": dict(_BEYOND, dense_fraction=0.18, keep_ratios=(0.2, 0.12, 0.08)),
+    "turbo": dict(_BEYOND, dense_fraction=0.1, keep_ratios=(0.12, 0.08, 0.06)),
 }
 
 

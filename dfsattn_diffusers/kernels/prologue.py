@@ -135,7 +135,7 @@ def reference(
     q, k, v = (_place(x, source, heads_first) for x in (q, k, v))
     if tile_lengths is None:
         return Prepared(q, k, v)
-    tiles = (_pool(x if heads_first else x.transpose(1, 2), tile_lengths) for x in (q, k))
+    tiles = (pool_tiles(x if heads_first else x.transpose(1, 2), tile_lengths) for x in (q, k))
     return Prepared(q, k, v, *tiles)
 
 
@@ -180,7 +180,16 @@ def _place(x: Tensor, source: Tensor | None, heads_first: bool) -> Tensor:
     return x.transpose(1, 2).contiguous() if heads_first else x
 
 
-def _pool(x: Tensor, lengths: Tensor) -> Tensor:
+def pool_tiles(x: Tensor, lengths: Tensor) -> Tensor:
+    """Mean of the real tokens of each tile.
+
+    Args:
+        x: `[B, H, P, D]`; what lies behind a tile's length is never used.
+        lengths: `[B or 1, T]` int32, real tokens at the front of each of the `T` tiles.
+
+    Returns:
+        `[B, H, T, D]` float32; 0 for a tile without tokens.
+    """
     tiles = x.unflatten(2, (lengths.shape[1], -1))
     real = torch.arange(tiles.shape[3], device=x.device) < lengths[..., None]
     total = tiles.masked_fill(~real[:, None, :, :, None], 0).sum(3, dtype=torch.float32)

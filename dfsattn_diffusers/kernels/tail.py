@@ -40,7 +40,11 @@ def pool_tail(k: Tensor, v: Tensor, *, pool: int, lengths: Tensor, moment: bool)
         pool: Keys of one pool.
         lengths: `[B or 1, P]` int32, real keys at the front of each pool.
         moment: Also compute the variance of the keys.
+
+    Raises:
+        ValueError: Arguments do not fit each other.
     """
+    _check_pools(k, v, pool, lengths)
     log_counts = lengths.float().log().expand(k.shape[0], -1)
     kernels = fast("tail_kernels", k)
     if kernels and kernels.can_pool(k, v, pool):
@@ -57,7 +61,8 @@ def pool_tail(k: Tensor, v: Tensor, *, pool: int, lengths: Tensor, moment: bool)
     mean, value, variance = keys.sum(3) / count, split(v).sum(3) / count, None
     if moment:
         centred = (keys - mean[:, :, :, None]).masked_fill_(~real, 0)
-        variance = (centred.square_().sum(3) / count).to(k.dtype)
+        variance = centred.square_().sum(3) / count
+        variance = variance.clamp(max=torch.finfo(k.dtype).max).to(k.dtype)
     return Tail(mean.to(k.dtype), value.to(v.dtype), log_counts, variance)
 
 
@@ -115,3 +120,28 @@ def add_tail(call: AttentionCall, tail: Tail) -> None:
 
 def _log_cosh(x: Tensor) -> Tensor:
     return x + torch.log1p((-2 * x).exp()) - math.log(2)
+
+
+def _check_pools(k: Tensor, v: Tensor, pool: int, lengths: Tensor) -> None:
+    if k.ndim != 4 or k.shape != v.shape or not k.is_floating_point():
+        raise ValueError(
+            f"k and v must be floating [B, H, N, D] tensors of one shape, got {k.dtype} "
+            f"{list(k.shape)} and {v.dtype} {list(v.shape)}"
+        )
+    if (v.dtype, v.device) != (k.dtype, k.device):
+        raise ValueError(
+            f"v must have k's dtype and device, {k.dtype} on {k.device}, got {v.dtype} on "
+            f"{v.device}; call v.to(k)"
+        )
+    if not isinstance(pool, int) or pool < 1 or k.shape[2] % pool:
+        raise ValueError(
+            f"pool must be a positive int that divides the {k.shape[2]} slots of k, got {pool!r}; "
+            "pad k and v to whole key blocks"
+        )
+    pools = k.shape[2] // pool
+    fits = lengths.ndim == 2 and lengths.shape[0] in (1, k.shape[0]) and lengths.shape[1] == pools
+    if lengths.dtype != torch.int32 or not fits or lengths.device != k.device:
+        raise ValueError(
+            f"lengths must be int32 [{k.shape[0]} or 1, {pools}] on {k.device}, got "
+            f"{lengths.dtype} {list(lengths.shape)} on {lengths.device}"
+        )

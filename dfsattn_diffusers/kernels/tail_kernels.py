@@ -80,7 +80,10 @@ def pool_kernel(
     tl.store(values + o_out, (tl.sum(b_v, 0) / f_count).to(values.dtype.element_ty))
     if MOMENT:
         b_k = tl.where(m_n[:, None], b_k - b_mean[None, :], 0.0)
-        tl.store(variance + o_out, (tl.sum(b_k * b_k, 0) / f_count).to(variance.dtype.element_ty))
+        b_variance = tl.sum(b_k * b_k, 0) / f_count
+        if variance.dtype.element_ty == tl.float16:
+            b_variance = tl.minimum(b_variance, 65504.0)
+        tl.store(variance + o_out, b_variance.to(variance.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["H", "N_Q", "P", "N_BLOCKS", "N_BYTES"])

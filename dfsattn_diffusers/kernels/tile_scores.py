@@ -1,4 +1,4 @@
-"""Triton kernels of the hierarchical scores: pooled tiles, and block scores without a tile matrix.
+"""Triton kernel of the hierarchical scores: block scores without a tile matrix.
 
 The specification is the torch code in `score.py`.
 """
@@ -40,42 +40,6 @@ SETTINGS = {
 SETTINGS |= {89: SETTINGS[86], 100: SETTINGS[80], 120: SETTINGS[86]}
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Tiles of one pooling program.
-_POOLED_TILES = 16
-
-
-@triton.jit(do_not_specialize=["H", "T", "stride_lengths"])
-def pool_kernel(
-    x,
-    lengths,
-    out,
-    stride_xb,
-    stride_xh,
-    stride_xn,
-    stride_lengths,
-    H,
-    T,
-    SIZE: tl.constexpr,
-    D: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """Means of `TILES` tiles of one head."""
-    i_bh = tl.program_id(1)
-    i_b, i_h = i_bh // H, i_bh % H
-    # [TILES]
-    o_t = tl.program_id(0) * TILES + tl.arange(0, TILES)
-    b_length = tl.load(lengths + i_b.to(tl.int64) * stride_lengths + o_t, mask=o_t < T, other=0)
-    p_x = x + i_b.to(tl.int64) * stride_xb + i_h.to(tl.int64) * stride_xh
-    p_x = p_x + (o_t.to(tl.int64) * SIZE * stride_xn)[:, None] + tl.arange(0, D)[None, :]
-    # [TILES, D]
-    b_sum = tl.zeros([TILES, D], tl.float32)
-    for i in tl.static_range(SIZE):
-        # Padding may be NaN: it is not read.
-        b_sum += tl.load(p_x, mask=(i < b_length)[:, None], other=0.0).to(tl.float32)
-        p_x += stride_xn
-    b_mean = b_sum / tl.maximum(b_length, 1).to(tl.float32)[:, None]
-    p_out = out + (i_bh.to(tl.int64) * T + o_t)[:, None] * D + tl.arange(0, D)[None, :]
-    tl.store(p_out, b_mean, mask=(o_t < T)[:, None])
 
 
 @triton.jit
@@ -159,45 +123,6 @@ def score_kernel(
         o_column = i_k // PER_KEY_BLOCK + tl.arange(0, COLUMNS)
         m_score = (o_row < T_Q // PER_QUERY_BLOCK)[:, None] & (o_column < i_columns)[None, :]
         tl.store(p_row[:, None] + o_column[None, :], b_score, mask=m_score)
-
-
-def can_pool(x: Tensor) -> bool:
-    """Whether `pool_tiles` serves x's precision, shape and strides."""
-    fits = x.shape[-1] in (16, 32, 64, 128, 256) and x.stride(-1) == 1
-    return fits and x.dtype in _DTYPES
-
-
-def pool_tiles(x: Tensor, lengths: Tensor) -> Tensor:
-    """Mean of the real tokens of each tile, read once.
-
-    Args:
-        x: `[B, H, P, D]`, last dimension contiguous; padding slots may hold anything.
-        lengths: `[B or 1, T]` int32, real tokens at the front of each of the `T` tiles.
-
-    Returns:
-        `[B, H, T, D]` float32; 0 for a tile without tokens.
-
-    Source: DFSAttn, Hu et al., arXiv 2605.23445; `score.pool_tiles` is the specification.
-    """
-    batch, heads, slots, head_dim = x.shape
-    tiles, lengths = lengths.shape[1], lengths.contiguous()
-    out = x.new_empty(batch, heads, tiles, head_dim, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        pool_kernel[triton.cdiv(tiles, _POOLED_TILES), batch * heads](
-            x,
-            lengths,
-            out,
-            *x.stride()[:3],
-            tiles if lengths.shape[0] > 1 else 0,
-            heads,
-            tiles,
-            SIZE=slots // tiles,
-            D=head_dim,
-            TILES=_POOLED_TILES,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-    return out
 
 
 def settings_for(x: Tensor) -> LaunchSettings:

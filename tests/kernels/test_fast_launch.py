@@ -106,12 +106,6 @@ def builds(arch):
             s.num_stages,
             scores | dict(q=kind, k=kind),
         )
-    yield compile_for(
-        arch,
-        tile_scores.pool_kernel,
-        dict(SIZE=16, D=128, TILES=16),
-        types=dict(x="*bf16", lengths="*i32", out="*fp32"),
-    )
     s = tail_kernels.SETTINGS[arch]
     halves = dict.fromkeys(("q", "k", "v", "keys", "values", "variance", "out"), "*bf16")
     halves |= dict(log_counts="*fp32", lse="*fp32", bits="*u8", scale="fp32")

@@ -16,11 +16,11 @@ from dfsattn_diffusers.kernels.prologue import (
     Prepared,
     Rotary,
     Stream,
+    pool_tiles,
     prepare_qkv,
     reference,
 )
 from dfsattn_diffusers.layout import TokenGeometry, TokenLayout
-from dfsattn_diffusers.score import pool_tiles
 
 kernels = pytest.importorskip("dfsattn_diffusers.kernels.prologue_kernels")
 

@@ -191,3 +191,29 @@ def test_a_map_keeps_the_bits_it_was_unpacked_from():
     p = segments(problem())
     packed = BlockMap.from_mask(p.mask, query_block=128, key_block=128).pack()
     assert packed.unpack().bits is packed.bits
+
+
+def test_variance_beyond_the_range_of_float16(way):
+    k = torch.tensor([-900.0, 900.0], dtype=torch.float16).repeat(8)[None, None, :, None]
+    k = k.expand(1, 1, 16, 64).contiguous()
+    lengths = torch.full((1, 1), 16, dtype=torch.int32)
+    tail = pool_tail(k, k, pool=16, lengths=lengths, moment=True)
+    assert (tail.variance == torch.finfo(torch.float16).max).all()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(v=torch.zeros(1, 2, 64, 32)), r"k and v must be .* of one shape, got .* \[1, 2, 64, 32"),
+        (dict(v=torch.zeros(1, 2, 64, 64).half()), r"v must have k's dtype .* call v.to\(k\)"),
+        (dict(pool=24), "pool must be a positive int that divides the 64 slots of k, got 24; pad k"),
+        (dict(pool=0), "pool must be a positive int"),
+        (dict(lengths=torch.zeros(1, 3).int()), r"lengths must be int32 \[1 or 1, 2\] on cpu, got"),
+        (dict(lengths=torch.zeros(1, 2)), r"lengths must be int32 .* got torch.float32 \[1, 2\]"),
+    ],
+)
+def test_bad_input_of_pooling(changes, message):
+    x = torch.zeros(1, 2, 64, 64)
+    arguments = dict(k=x, v=x, pool=32, lengths=torch.zeros(1, 2).int(), moment=True) | changes
+    with pytest.raises(ValueError, match=message):
+        pool_tail(arguments.pop("k"), arguments.pop("v"), **arguments)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import ON_CUDA, assert_close
 
-from dfsattn_diffusers.score import pool_tiles, score_blocks
+from dfsattn_diffusers.score import score_blocks
 
 tile_scores = pytest.importorskip("dfsattn_diffusers.kernels.tile_scores")
 
@@ -112,26 +112,6 @@ def test_refuses_blocks_that_are_no_power_of_two():
         tile_scores.block_scores(
             q, k, *lengths, tiles_per_query_block=3, tiles_per_key_block=8, scale=1.0
         )
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("size, head_dim", [(1, 64), (4, 16), (16, 64), (16, 128), (6, 32)])
-def test_pooling(device, dtype, size, head_dim):
-    make = torch.Generator().manual_seed(size)
-    lengths = torch.randint(0, size + 1, (2, 19), generator=make).int()
-    lengths[:, 0], lengths[:, -1] = size, 0
-    # `[B, N, H, D]` in memory, and more slots than are pooled.
-    x = torch.randn(2, 21 * size, 3, head_dim, generator=make).to(dtype).transpose(1, 2)
-    x, lengths = x.to(device)[:, :, : 19 * size], lengths.to(device)
-    exact = pool_tiles(x.double().cpu(), lengths.cpu())
-    real = torch.arange(size, device=device) < lengths[..., None]
-    hidden = x.masked_fill(~real.flatten(1)[:, None, :, None], torch.nan)
-    got = tile_scores.pool_tiles(hidden, lengths)
-    assert got.dtype == torch.float32
-    assert_close(got.cpu(), exact, pool_tiles(x.cpu(), lengths.cpu()))
-    shared = tile_scores.pool_tiles(x[:, :1].contiguous(), lengths[:1])
-    assert torch.equal(shared[0], got[0, :1])
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_CUDA)])

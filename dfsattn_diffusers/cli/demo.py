@@ -26,10 +26,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--prompt",
-        default="a large orange square bounces over a blue background",
+        default="a large orange star bounces over a blue background",
         help="a caption; the tiny model knows shapes, colours and motions",
     )
-    parser.add_argument("--seed", type=int, default=1, help="of the initial noise")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial noise")
     parser.add_argument("--steps", type=int, default=16, help="denoising steps")
     parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale; 1 is off")
     parser.add_argument(

@@ -175,9 +175,11 @@ def _join(parts: list[Tensor]) -> Tensor:
 
 
 def _place(x: Tensor, source: Tensor | None, heads_first: bool) -> Tensor:
-    if source is not None:
-        x = x.index_select(1, source.clamp(min=0)).masked_fill((source < 0)[:, None, None], 0)
-    return x.transpose(1, 2).contiguous() if heads_first else x
+    if source is None:
+        return x.transpose(1, 2).contiguous() if heads_first else x
+    x, rows = (x.transpose(1, 2), 2) if heads_first else (x, 1)
+    padding = (source < 0).view(-1, *[1] * (x.ndim - 1 - rows))
+    return x.index_select(rows, source.clamp(min=0)).masked_fill_(padding, 0)
 
 
 def pool_tiles(x: Tensor, lengths: Tensor) -> Tensor:

@@ -240,7 +240,7 @@ def pool(
             SIZE=size,
             D=head_dim,
             MOMENT=moment,
-            num_warps=4 if size * head_dim >= 2048 else 1,
+            num_warps=min(8, max(1, size * head_dim // 1024)),
             enable_fp_fusion=True,
         )
     return keys, values, variance

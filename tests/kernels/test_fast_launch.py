@@ -130,16 +130,18 @@ def builds(arch):
                 if name in tail_kernels.add_kernel.arg_names
             },
         )
-    yield compile_for(
-        arch,
-        tail_kernels.pool_kernel,
-        dict(SIZE=32, D=128, MOMENT=True),
-        types={
-            name: kind
-            for name, kind in halves.items()
-            if name in tail_kernels.pool_kernel.arg_names
-        },
-    )
+    for size, warps in ((32, 4), (128, 8)):
+        yield compile_for(
+            arch,
+            tail_kernels.pool_kernel,
+            dict(SIZE=size, D=128, MOMENT=True),
+            warps,
+            types={
+                name: kind
+                for name, kind in halves.items()
+                if name in tail_kernels.pool_kernel.arg_names
+            },
+        )
     pointers = dict.fromkeys(("counts", "indices", "prefix", "left", "ties", "histogram"), "*i32")
     pointers |= dict(source="*u8", bits="*u8", mask="*u8", scores="*fp32")
     for kernel, constants, warps in (

@@ -31,9 +31,11 @@ class TextReader:
 
     def read(self, mask: Tensor) -> TextLengths:
         """Lengths of a `[B, text tokens]` mask."""
-        version, lengths = self._known.get(mask, (None, None))
-        if version != mask._version:
+        # Inference tensors count no versions; pipelines do not change their masks in place.
+        version = None if mask.is_inference() else mask._version
+        known = self._known.get(mask)
+        if known is None or known[0] != version:
             rows = mask.sum(1, dtype=torch.int32)
             lengths = TextLengths(rows, *torch.stack(rows.aminmax()).tolist())
-            self._known[mask] = mask._version, lengths
-        return lengths
+            known = self._known[mask] = version, lengths
+        return known[1]

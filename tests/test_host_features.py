@@ -21,6 +21,7 @@ from tiny_pipelines import FAMILIES, PROMPT, TEXT_LENGTH, run, tiny_hunyuan_vide
 
 from dfsattn_diffusers import DFSAttnConfig, disable_dfsattn, enable_dfsattn
 from dfsattn_diffusers.processors import adapter_for, base
+from dfsattn_diffusers.text import TextReader
 
 BLOCKS = dict(tile_size=8, query_block=32, key_block=32)
 SPARSE = DFSAttnConfig(keep_ratios=(0.5, 0.4, 0.3), **BLOCKS)
@@ -359,3 +360,24 @@ def test_dense_steps_cut_text_padding_off(lengths, monkeypatch):
         assert all(mask is None for *_, mask in seen)
     else:
         assert all(mask.shape[-1] == tokens for *_, mask in seen)
+
+
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
+def test_inference_mode(family):
+    pipe = FAMILIES[family]()
+    with enable_dfsattn(pipe, SPARSE, tail="mean", tail_pool=16):
+        wanted = run(pipe)
+        with torch.inference_mode():
+            assert torch.equal(run(pipe), wanted)
+
+
+def test_text_lengths_are_read_once_and_again_after_a_change():
+    reader, mask = TextReader(), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    lengths = reader.read(mask)
+    assert (lengths.rows.tolist(), lengths.shortest, lengths.longest) == ([2, 1], 1, 2)
+    assert reader.read(mask) is lengths
+    mask[1] = 1
+    assert reader.read(mask).rows.tolist() == [2, 3]
+    with torch.inference_mode():
+        other = torch.ones(1, 4)
+        assert reader.read(other) is reader.read(other)

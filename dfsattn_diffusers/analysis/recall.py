@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from ..kernels.tail import log_cosh
 
 # Largest slice of the logits that is in memory at a time; a few temporaries have its size.
 _CHUNK_BYTES = 64 * 2**20
@@ -141,8 +142,7 @@ def recall_bound(
     middle = mean + key_lengths.to(mean.dtype).log()
     if not convex:
         return _share(middle - deviation, middle + deviation, kept)
-    log_cosh = deviation + F.softplus(-2 * deviation) - math.log(2)
-    return _share(middle, middle + log_cosh, kept)
+    return _share(middle, middle + log_cosh(deviation), kept)
 
 
 def estimated_recall(scores: Tensor, kept: Tensor) -> Tensor:

@@ -179,6 +179,13 @@ class PackedBlockMap:
         )
 
 
+def block_lengths(k: Tensor, key_block: int, key_lengths: Tensor | None) -> Tensor:
+    """`[B, nK]` int32, real keys of each block, never beyond the end of the sequence."""
+    start = torch.arange(0, k.shape[2], key_block, dtype=torch.int32, device=k.device)
+    room = (k.shape[2] - start).clamp(max=key_block).expand(k.shape[0], -1)
+    return (room if key_lengths is None else torch.minimum(room, key_lengths)).contiguous()
+
+
 def _check_positive(name: str, value: int) -> None:
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive int, got {value!r}")

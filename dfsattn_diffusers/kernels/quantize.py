@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .block_map import block_lengths
 from .fast import fast
 
 # The largest number of e4m3.
@@ -85,13 +86,6 @@ def _kernels_for(q: Tensor, k: Tensor, v: Tensor, *blocks: int) -> ModuleType | 
     if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9):
         return None
     return fast("quantize_kernels", q) if contiguous and powers else None
-
-
-def block_lengths(k: Tensor, key_block: int, key_lengths: Tensor | None) -> Tensor:
-    """`[B, nK]` int32, real keys of each block, never beyond the end of the sequence."""
-    start = torch.arange(0, k.shape[2], key_block, dtype=torch.int32, device=k.device)
-    room = (k.shape[2] - start).clamp(max=key_block).expand(k.shape[0], -1)
-    return (room if key_lengths is None else torch.minimum(room, key_lengths)).contiguous()
 
 
 def sum_blocks(k: Tensor, lengths: Tensor, key_block: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .backends import AttentionCall
+from .backends.reference import store
 from .fast import fast
 
 # Largest slice of the pools' logits that is in memory at a time.
@@ -81,7 +82,7 @@ def add_tail(call: AttentionCall, tail: Tail) -> None:
     Source: block means in place of what is dropped: PISA, arXiv 2602.01077, Sol-Attn, 2607.24027.
     """
     kernels = fast("tail_kernels", call.q)
-    if kernels and kernels.can_add(call, tail):
+    if kernels and kernels.can_add(call):
         kernels.add(call, tail)
         return
     block_map, wide = call.block_map, torch.promote_types(call.q.dtype, torch.float32)
@@ -89,21 +90,18 @@ def add_tail(call: AttentionCall, tail: Tail) -> None:
     pools, size = tail.keys.shape[2], block_map.query_block
     keys, values = (x.to(wide) for x in (tail.keys, tail.values))
     dropped = ~block_map.to_mask()
-    target = torch.arange(num_queries, device=call.q.device)
-    if call.output_order is not None:
-        target = call.output_order.long()
-    # One more row takes what is dropped, so that nothing waits for the number of rows left.
-    room = F.pad(call.out, (0, 0, 0, 1))
-    target = torch.where(target < 0, call.out.shape[2], target)
+    order, out = call.output_order, call.out
+    if order is not None:
+        out = out.index_select(2, order.clamp(min=0))
 
     rows = max(1, _CHUNK_ELEMENTS // (batch * heads * pools * size))
     for start in range(0, block_map.counts.shape[2], rows):
         part = slice(start * size, min((start + rows) * size, num_queries))
-        q, lse, place = call.q[:, :, part].to(wide), call.lse[:, :, part, None], target[part]
+        q, lse = call.q[:, :, part].to(wide), call.lse[:, :, part, None]
         logits = q @ keys.transpose(2, 3) * call.scale + tail.log_counts[:, None, None]
         if tail.variance is not None:
             square = q.square() @ tail.variance.to(wide).transpose(2, 3)
-            logits += _log_cosh(square.sqrt_() * call.scale)
+            logits += log_cosh(square.sqrt_() * call.scale)
         absent = dropped[:, :, start : start + rows].repeat_interleave(size, 2)[:, :, : q.shape[2]]
         absent = absent.repeat_interleave(pools // block_map.num_key_blocks, 3)
         logits.masked_fill_(~absent, float("-inf"))
@@ -111,15 +109,16 @@ def add_tail(call: AttentionCall, tail: Tail) -> None:
         peak = peak.masked_fill(peak == float("-inf"), 0)
         weights, kept = (logits - peak).exp(), (lse - peak).exp()
         total = weights.sum(-1, keepdim=True) + kept
-        out = room[:, :, place].to(wide) * kept + weights @ values
-        out = (out / total).masked_fill_(total == 0, 0)
-        room.index_copy_(2, place, out.to(room.dtype))
+        sums = out[:, :, part].to(wide) * kept + weights @ values
+        out[:, :, part] = (sums / total).masked_fill_(total == 0, 0).to(out.dtype)
         call.lse[:, :, part] = (peak + total.log()).squeeze(-1)
-    call.out.copy_(room[:, :, :-1])
+    if order is not None:
+        store(out, order, call.out)
 
 
-def _log_cosh(x: Tensor) -> Tensor:
-    return x + torch.log1p((-2 * x).exp()) - math.log(2)
+def log_cosh(x: Tensor) -> Tensor:
+    """`log(cosh(x))` for x that is not negative, without overflow."""
+    return x + F.softplus(-2 * x) - math.log(2)
 
 
 def _check_pools(k: Tensor, v: Tensor, pool: int, lengths: Tensor) -> None:

@@ -246,7 +246,7 @@ def pool(
     return keys, values, variance
 
 
-def can_add(call, tail) -> bool:
+def can_add(call) -> bool:
     """Whether `add` serves this call: its precision, head dim and query block."""
     return (
         call.q.dtype in _DTYPES

@@ -105,7 +105,7 @@ def target(request, monkeypatch):
     backend._package.cache_clear()
     if request.param == "cpu":
         install(monkeypatch)
-        monkeypatch.setattr(backend, "_capability", lambda device: "9.0")
+        monkeypatch.setattr(backend, "capability", lambda device: "9.0")
     elif torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of capability 9.0")
     elif isinstance(reason := backend._package(), str):
@@ -199,7 +199,7 @@ def test_is_not_chosen_by_auto(target):
 def test_says_what_is_missing(monkeypatch):
     p = problem(dtype=torch.bfloat16)
     assert reason(p) == "it needs a CUDA device of capability 9.0, got cpu"
-    monkeypatch.setattr(backend, "_capability", lambda device: "9.0")
+    monkeypatch.setattr(backend, "capability", lambda device: "9.0")
     backend._package.cache_clear()
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     assert "flash_attn" in reason(p) and reason(p).endswith("pip install 'flash-attn-4>=4.0.0b36'")

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType, SimpleNamespace
 
+import torch
 from torch import Tensor
 
 from ..block_map import BlockMap
@@ -47,6 +49,26 @@ class AttentionCall:
     output_order: Tensor | None
     out: Tensor
     lse: Tensor | None
+
+
+def capability(device: torch.device) -> str:
+    """A CUDA device's compute capability, the type of any other."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return device.type
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
+
+
+def refused_size(call: AttentionCall, dtypes: Iterable[torch.dtype]) -> str | None:
+    """Why not, for kernels of these dtypes, head dims 64 and 128, blocks of 64 and 128."""
+    head_dim = call.q.shape[-1]
+    blocks = (call.block_map.query_block, call.block_map.key_block)
+    if call.q.dtype not in dtypes:
+        return f"it needs {' or '.join(map(str, dtypes))}, got {call.q.dtype}"
+    if head_dim not in (64, 128):
+        return f"it needs head dim 64 or 128, got {head_dim}"
+    if any(size not in (64, 128) for size in blocks):
+        return f"it needs query and key blocks of 64 or 128, got {blocks[0]} and {blocks[1]}"
+    return None
 
 
 def list_backends() -> list[str]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..block_map import BlockMap
-from . import AttentionCall
-from .reference import _store
+from . import AttentionCall, capability, refused_size
+from .reference import store
 
 NAME = "fa4"
 AUTO_DEVICES = ()
@@ -27,29 +27,16 @@ _INSTALL = "pip install 'flash-attn-4>=4.0.0b36'"
 
 def why_not(call: AttentionCall) -> str | None:
     """Reason why that package cannot do the call."""
-    head_dim, block_map = call.q.shape[-1], call.block_map
-    if (capability := _capability(call.q.device)) != "9.0":
-        return f"it needs a CUDA device of capability 9.0, got {capability}"
+    if (found := capability(call.q.device)) != "9.0":
+        return f"it needs a CUDA device of capability 9.0, got {found}"
     if call.key_lengths is not None:
         # Masks hide logits, but hidden values are still multiplied by 0: NaN stays NaN.
         return "it needs whole key blocks but for the end of the sequence, got key_lengths"
-    if call.q.dtype not in _DTYPES:
-        return f"it needs {' or '.join(map(str, _DTYPES))}, got {call.q.dtype}"
-    if head_dim not in (64, 128):
-        return f"it needs head dim 64 or 128, got {head_dim}"
-    blocks = (block_map.query_block, block_map.key_block)
-    if any(size not in (64, 128) for size in blocks):
-        return f"it needs query and key blocks of 64 or 128, got {blocks[0]} and {blocks[1]}"
+    if (reason := refused_size(call, _DTYPES)) is not None:
+        return reason
     # Last: the import takes seconds.
     package = _package()
     return package if isinstance(package, str) else None
-
-
-def _capability(device: torch.device) -> str:
-    """A CUDA device's capability, the type of any other."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return device.type
-    return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
 @cache
@@ -87,7 +74,7 @@ def forward(call: AttentionCall) -> None:
         block_sparse_tensors=lists,
         return_lse=call.lse is not None,
     )
-    _store(out.transpose(1, 2), call.output_order, call.out)
+    store(out.transpose(1, 2), call.output_order, call.out)
     if call.lse is not None:
         call.lse.copy_(lse)
 

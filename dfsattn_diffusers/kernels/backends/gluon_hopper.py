@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import AttentionCall
+from . import AttentionCall, capability
 from . import _hopper_rings as rings
 from ._hopper_rings import TensorDescriptor, gl, gluon, warpgroup_mma, warpgroup_mma_wait
 
@@ -319,7 +319,7 @@ def why_not(call: AttentionCall) -> str | None:
     """Reason why this kernel cannot do the call."""
     head_dim, block_map = call.q.shape[-1], call.block_map
     if not _is_hopper(call.q.device):
-        return f"it needs a CUDA device of capability 9.0, got {_device_name(call.q.device)}"
+        return f"it needs a CUDA device of capability 9.0, got {capability(call.q.device)}"
     if call.q.dtype not in _DTYPES:
         return f"it needs {' or '.join(map(str, _DTYPES))}, got {call.q.dtype}"
     blocks = (block_map.query_block, block_map.key_block)
@@ -335,14 +335,7 @@ def why_not(call: AttentionCall) -> str | None:
 
 
 def _is_hopper(device: torch.device) -> bool:
-    return _device_name(device) == "9.0"
-
-
-def _device_name(device: torch.device) -> str:
-    """A CUDA device's capability, the type of any other."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return device.type
-    return "{}.{}".format(*torch.cuda.get_device_capability(device))
+    return capability(device) == "9.0"
 
 
 def _strides(x: Tensor) -> list[int]:

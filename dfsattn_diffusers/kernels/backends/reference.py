@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..block_map import block_lengths
 from . import AttentionCall
 
 NAME = "reference"
@@ -28,7 +29,7 @@ def forward(call: AttentionCall) -> None:
     dtype = torch.promote_types(call.q.dtype, torch.float32)
 
     # Block num_blocks of every head is empty: entries past a row's count point there.
-    lengths = F.pad(_key_lengths(call), (0, 1))
+    lengths = F.pad(block_lengths(call.k, block_map.key_block, call.key_lengths), (0, 1))
     real = _real_keys(lengths, block_map.key_block)[:, None, :, :, None]
     k, v = (
         _to_blocks(x, num_blocks + 1, block_map.key_block, dtype).masked_fill_(~real, 0)
@@ -71,7 +72,7 @@ def forward(call: AttentionCall) -> None:
         start += len(rows)
 
     out = out.unflatten(0, (batch, heads, -1)).flatten(2, 3)[:, :, :num_queries]
-    _store(out.to(call.out.dtype), call.output_order, call.out)
+    store(out.to(call.out.dtype), call.output_order, call.out)
     if lse is not None:
         call.lse.copy_(lse.unflatten(0, (batch, heads, -1)).flatten(2)[:, :, :num_queries])
 
@@ -89,14 +90,6 @@ def _kept_blocks(counts: Tensor, indices: Tensor, num_blocks: int, width: int) -
     return torch.where(entry < counts[:, None], blocks, num_blocks)
 
 
-def _key_lengths(call: AttentionCall) -> Tensor:
-    """`[B, nK]` real keys per block, never beyond the end of the sequence."""
-    start = torch.arange(0, call.k.shape[2], call.block_map.key_block, device=call.k.device)
-    room = (call.k.shape[2] - start).clamp(max=call.block_map.key_block)
-    room = room.expand(call.k.shape[0], -1)
-    return room if call.key_lengths is None else torch.minimum(room, call.key_lengths)
-
-
 def _real_keys(lengths: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=lengths.device) < lengths[..., None]
 
@@ -110,7 +103,8 @@ def _to_blocks(x: Tensor, num_blocks: int, size: int, dtype: torch.dtype) -> Ten
     return blocks.unflatten(2, (num_blocks, size))
 
 
-def _store(result: Tensor, order: Tensor | None, out: Tensor) -> None:
+def store(result: Tensor, order: Tensor | None, out: Tensor) -> None:
+    """Write `[B, H, Nq, D]` to the rows of `out` that `order` names; -1 drops a row."""
     if order is None:
         out.copy_(result)
         return

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import AttentionCall
+from . import AttentionCall, refused_size
 
 NAME = "triton"
 AUTO_DEVICES = ("cuda",)
@@ -185,21 +185,13 @@ _DTYPES = (torch.float16, torch.float32) if _INTERPRETED else (torch.bfloat16, t
 
 def why_not(call: AttentionCall) -> str | None:
     """Reason why this kernel cannot do the call."""
-    head_dim, block_map = call.q.shape[-1], call.block_map
     if call.q.device.type != "cuda" and not _INTERPRETED:
         return f"it needs CUDA tensors, got {call.q.device.type}"
     if torch.version.hip is not None:
         return "it is tuned for NVIDIA GPUs, this torch is built for ROCm"
     if call.q.is_cuda and torch.cuda.get_device_capability(call.q.device) < (8, 0):
         return "it needs compute capability 8.0 or higher"
-    if call.q.dtype not in _DTYPES:
-        return f"it needs {' or '.join(map(str, _DTYPES))}, got {call.q.dtype}"
-    if head_dim not in (64, 128):
-        return f"it needs head dim 64 or 128, got {head_dim}"
-    blocks = (block_map.query_block, block_map.key_block)
-    if any(size not in (64, 128) for size in blocks):
-        return f"it needs query and key blocks of 64 or 128, got {blocks[0]} and {blocks[1]}"
-    return None
+    return refused_size(call, _DTYPES)
 
 
 def settings_for(call: AttentionCall) -> LaunchSettings:

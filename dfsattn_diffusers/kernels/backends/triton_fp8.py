@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..quantize import Quantized, quantize
 from ..quantize_kernels import to_e4m3
-from . import AttentionCall
+from . import AttentionCall, refused_size
 from .triton import _block_at, _count_whole
 
 NAME = "triton_fp8"
@@ -184,7 +184,6 @@ _ARCHS = sorted({arch for arch, _ in SETTINGS})
 
 def why_not(call: AttentionCall) -> str | None:
     """Reason why this kernel cannot do the call."""
-    head_dim, block_map = call.q.shape[-1], call.block_map
     if call.q.device.type != "cuda" and not _INTERPRETED:
         return f"it needs CUDA tensors, got {call.q.device.type}"
     if torch.version.hip is not None:
@@ -192,14 +191,7 @@ def why_not(call: AttentionCall) -> str | None:
     if call.q.is_cuda and _arch(call.q.device) not in _ARCHS:
         major, minor = divmod(_arch(call.q.device), 10)
         return f"it needs compute capability 8.9 or 9.0, got {major}.{minor}"
-    if call.q.dtype not in _DTYPES:
-        return f"it needs {' or '.join(map(str, _DTYPES))}, got {call.q.dtype}"
-    if head_dim not in (64, 128):
-        return f"it needs head dim 64 or 128, got {head_dim}"
-    blocks = (block_map.query_block, block_map.key_block)
-    if any(size not in (64, 128) for size in blocks):
-        return f"it needs query and key blocks of 64 or 128, got {blocks[0]} and {blocks[1]}"
-    return None
+    return refused_size(call, _DTYPES)
 
 
 def _arch(device: torch.device) -> int:

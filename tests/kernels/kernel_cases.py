@@ -86,6 +86,21 @@ def check(problem: Problem, backend: str) -> None:
     assert_close(lse, exact[1], eager[1])
 
 
+def check_large_offsets(device: str, backend: str, **how) -> None:
+    """The last of many heads, beyond element 2 ** 31, gives what it gives alone."""
+    shape = (1, 130, 2**17, 128)
+    q, k, v = (torch.zeros(shape, dtype=torch.bfloat16, device=device) for _ in range(3))
+    small = problem(device, torch.bfloat16, num_queries=2**17, heads=1, batch=1, head_dim=128)
+    for big, x in ((q, small.q), (k, small.k), (v, small.v)):
+        big[:, -1:] = x
+    rows = small.mask.shape[2]
+    mask = torch.eye(rows, dtype=torch.bool, device=device).expand(1, 130, rows, rows)
+    last = replace(small, mask=mask[:, -1:]).run(backend, **how)
+    out = replace(small, q=q, k=k, v=v, mask=mask).run(backend, **how)
+    assert torch.equal(out[:, -1:], last)
+    assert not out[:, :-1].any()
+
+
 def problem(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,

@@ -1,89 +1,24 @@
 """The kernels of scores and maps compile for every GPU of their tables, and fit it."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from compiling import SHARED_MEMORY, built_by, compile_for
 
-# Bytes of shared memory that one program may have.
-SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 ARCHS = sorted(SHARED_MEMORY)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_fits_the_gpu(arch):
     pytest.importorskip("triton")
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    run = subprocess.run(
-        [sys.executable, __file__, str(arch)],
-        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    builds = json.loads(run.stdout.splitlines()[-1])
+    builds = built_by(__file__, arch)
     assert len(builds) >= 8
     for build in builds:
         assert build["shared"] <= SHARED_MEMORY[arch], build
         assert build["spilled"] == 0, build
         products = build["kernel"] in ("score_kernel", "add_kernel")
         assert build["wgmma"] == (arch == 90 and products), build
-
-
-def compile_for(
-    arch, kernel, constants, num_warps=4, num_stages=3, types=(), *, aligned="stride_", fuse=True
-):
-    """Compile the kernel without a GPU and ask ptxas what it takes.
-
-    Arguments whose name starts with `aligned` count as multiples of 16, as they are in practice.
-    """
-    import re
-    import tempfile
-
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    types = dict(types) | dict.fromkeys(constants, "constexpr")
-    signature = {name: types.get(name, "i32") for name in names}
-    source = ASTSource(
-        kernel,
-        signature,
-        {(names.index(name),): value for name, value in constants.items()},
-        {
-            (i,): [["tt.divisibility", 16]]
-            for i, (name, kind) in enumerate(signature.items())
-            if kind.startswith("*") or name.startswith(aligned)
-        },
-    )
-    options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fuse)
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    ptx = built.asm["ptx"]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
-        log = subprocess.run(
-            [get_ptxas(arch).path, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
-    return dict(
-        kernel=kernel.fn.__name__,
-        constants=str(constants),
-        registers=int(re.search(r"Used (\d+) registers", log)[1]),
-        spilled=int(re.search(r"(\d+) bytes spill stores", log)[1]),
-        shared=built.metadata.shared,
-        wgmma="wgmma.mma_async" in ptx,
-        half_loads=len(re.findall(r"ld\.global\S*\.b16", ptx)),
-    )
 
 
 def builds(arch):
@@ -157,4 +92,4 @@ def builds(arch):
 
 
 if __name__ == "__main__":
-    print(json.dumps(list(builds(int(sys.argv[1])))))
+    print(json.dumps([report for report, _ in builds(int(sys.argv[1]))]))

@@ -2,14 +2,19 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import re
 
 import pytest
 import torch
-from kernel_cases import ON_CUDA, assert_close, problem, segments, some_full_rows
+from compiling import SHARED_MEMORY, built_by, resources
+from kernel_cases import (
+    ON_CUDA,
+    assert_close,
+    check_large_offsets,
+    problem,
+    segments,
+    some_full_rows,
+)
 
 from dfsattn_diffusers.kernels import BlockMap, explain
 from dfsattn_diffusers.kernels.backends import load_backend
@@ -18,7 +23,6 @@ backend = load_backend("gluon_hopper")
 if not hasattr(backend, "SETTINGS"):
     pytest.skip(backend.why_not(None), allow_module_level=True)
 
-SHARED_MEMORY = 232_448
 # Head dim, key block, dtype, and whether lengths, an order and the log-sum-exp are asked for.
 BUILDS = [
     (128, 128, "bfloat16", False),
@@ -92,32 +96,15 @@ def test_every_way_to_launch(
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_CUDA)])
 def test_offsets_beyond_32_bits(device):
     """The last head starts beyond element 2 ** 31."""
-    shape = (1, 130, 2**17, 128)
-    q, k, v = (torch.zeros(shape, dtype=torch.bfloat16, device=device) for _ in range(3))
-    small = problem(device, torch.bfloat16, num_queries=2**17, heads=1, batch=1, head_dim=128)
-    for big, x in ((q, small.q), (k, small.k), (v, small.v)):
-        big[:, -1:] = x
-    rows = small.mask.shape[2]
-    mask = torch.eye(rows, dtype=torch.bool, device=device).expand(1, 130, rows, rows)
-    last = dataclasses.replace(small, mask=mask[:, -1:]).run("gluon_hopper")
-    out = dataclasses.replace(small, q=q, k=k, v=v, mask=mask).run("gluon_hopper")
-    assert torch.equal(out[:, -1:], last)
-    assert not out[:, :-1].any()
+    check_large_offsets(device, "gluon_hopper")
 
 
 def test_fits_the_gpu():
     """Compiled here for sm90: shared memory within its limit, and no spills in the loops."""
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    run = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True,
-        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path},
-    )
-    assert run.returncode == 0, run.stderr
-    builds = json.loads(run.stdout.splitlines()[-1])
+    builds = built_by(__file__)
     assert len(builds) == len(BUILDS)
     for (head_dim, key_block, _, everything), build in zip(BUILDS, builds):
-        assert build["shared"] <= SHARED_MEMORY, build
+        assert build["shared"] <= SHARED_MEMORY[90], build
         # Addresses for clearing padding, stored once and loaded outside the main loop.
         allowed = 64 if everything and head_dim == key_block == 128 else 0
         assert build["spilled"] <= allowed, build
@@ -127,12 +114,9 @@ def test_fits_the_gpu():
 
 def compile_for_hopper(head_dim, key_block, dtype, everything):
     """Compile the kernel without a GPU and ask ptxas what it takes."""
-    import re
-    import tempfile
-
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
+    from triton.backends.nvidia.compiler import CUDABackend
     from triton.experimental.gluon._runtime import GluonASTSource
     from triton.runtime.jit import native_specialize_impl
 
@@ -169,17 +153,7 @@ def compile_for_hopper(head_dim, key_block, dtype, everything):
     options = dict(num_warps=4, maxnreg=168, enable_fp_fusion=True)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = built.asm["ptx"]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        log = subprocess.run(
-            [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull],
-            capture_output=True, text=True, check=True,
-        ).stderr
-    return dict(
-        registers=int(re.search(r"Used (\d+) registers", log)[1]),
-        spilled=int(re.search(r"(\d+) bytes spill stores", log)[1]),
-        shared=built.metadata.shared,
+    return resources(built, 90) | dict(
         budgets=sorted({int(n) for n in re.findall(r"setmaxnreg\.\S+\s+(\d+)", ptx)}),
     )
 

@@ -1,13 +1,10 @@
 """The prologue compiles for every kind of GPU without spilling, and loads whole vectors."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from test_fast_launch import SHARED_MEMORY, compile_for
+from compiling import SHARED_MEMORY, built_by, compile_for
 
 # Norm, head dim, heads, two streams, pooled tiles.
 CALLS = {
@@ -22,16 +19,7 @@ CALLS = {
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
 def test_fits_the_gpu(arch):
     pytest.importorskip("triton")
-    here = Path(__file__).parent
-    path = os.pathsep.join(filter(None, [str(here.parents[1]), os.environ.get("PYTHONPATH")]))
-    run = subprocess.run(
-        [sys.executable, __file__, str(arch)],
-        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    builds = json.loads(run.stdout.splitlines()[-1])
+    builds = built_by(__file__, arch)
     assert len(builds) == len(CALLS)
     for build in builds:
         assert build["shared"] <= SHARED_MEMORY[arch] // 2, build
@@ -73,5 +61,5 @@ def compile_call(arch, norm, head_dim, heads, two, pool):
 
 
 if __name__ == "__main__":
-    builds = [compile_call(int(sys.argv[1]), *call) for call in CALLS.values()]
+    builds = [compile_call(int(sys.argv[1]), *call)[0] for call in CALLS.values()]
     print(json.dumps(builds, default=str))

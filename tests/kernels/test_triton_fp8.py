@@ -4,7 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import NASTY, ON_CUDA, assert_close, problem, segments, strided
+from kernel_cases import (
+    NASTY,
+    ON_CUDA,
+    assert_close,
+    check_large_offsets,
+    problem,
+    segments,
+    strided,
+)
 
 from dfsattn_diffusers.kernels import BlockMap, explain, quantize
 from dfsattn_diffusers.kernels.backends import load_backend
@@ -280,14 +288,4 @@ def test_capabilities(monkeypatch):
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_CUDA)])
 def test_offsets_beyond_32_bits(device):
     """The last head starts beyond element 2 ** 31, in 8 bits too."""
-    shape = (1, 130, 2**17, 128)
-    q, k, v = (torch.zeros(shape, dtype=torch.bfloat16, device=device) for _ in range(3))
-    small = problem(device, torch.bfloat16, num_queries=2**17, heads=1, batch=1, head_dim=128)
-    for big, x in ((q, small.q), (k, small.k), (v, small.v)):
-        big[:, -1:] = x
-    rows = small.mask.shape[2]
-    mask = torch.eye(rows, dtype=torch.bool, device=device).expand(1, 130, rows, rows)
-    last = replace(small, mask=mask[:, -1:]).run("triton_fp8", precision="fp8")
-    out = replace(small, q=q, k=k, v=v, mask=mask).run("triton_fp8", precision="fp8")
-    assert torch.equal(out[:, -1:], last)
-    assert not out[:, :-1].any()
+    check_large_offsets(device, "triton_fp8", precision="fp8")

@@ -2,13 +2,12 @@
 
 import itertools
 import json
-import os
-import subprocess
+import re
 import sys
 from pathlib import Path
 
 import pytest
-from test_fast_launch import SHARED_MEMORY
+from compiling import SHARED_MEMORY, built_by, compile_for
 
 from dfsattn_diffusers.kernels.backends import load_backend
 
@@ -19,14 +18,7 @@ if not hasattr(backend, "SETTINGS"):
 
 @pytest.mark.parametrize("arch", sorted({arch for arch, _ in backend.SETTINGS}))
 def test_fits_the_gpu(arch):
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    run = subprocess.run(
-        [sys.executable, __file__, str(arch)], capture_output=True, text=True,
-        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path},
-    )
-    assert run.returncode == 0, run.stderr
-    builds = json.loads(run.stdout.splitlines()[-1])
+    builds = built_by(__file__, arch)
     assert len(builds) == 9
     for build in builds:
         assert build["shared"] <= SHARED_MEMORY[arch], build
@@ -42,52 +34,17 @@ def test_fits_the_gpu(arch):
             assert arch != 90 or build["from_registers"] == steps < build["count"], build
 
 
-def compile_for(arch, kernel, constants, types, num_warps, num_stages):
-    """Compile without a GPU; ask ptxas what it takes, and the PTX how it multiplies."""
-    import re
-    import tempfile
-
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "i32") for name in names
-    }
-    source = ASTSource(
-        kernel,
-        signature,
-        {(names.index(name),): value for name, value in constants.items()},
-        {
-            (i,): [["tt.divisibility", 16]]
-            for i, (name, kind) in enumerate(signature.items())
-            if kind.startswith("*") or name.startswith("stride")
-        },
-    )
-    options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    ptx = built.asm["ptx"]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
-        log = subprocess.run(
-            [get_ptxas(arch).path, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull],
-            capture_output=True, text=True, check=True,
-        ).stderr
+def compile_products(arch, kernel, constants, types, num_warps, num_stages):
+    """Also how the PTX multiplies, and from where."""
+    report, ptx = compile_for(arch, kernel, constants, num_warps, num_stages, types)
     found = re.findall(r"(wgmma\.mma_async\S+|mma\.sync\S+)\s+\{[^}]*\},\s*(\S)", ptx)
-    return dict(
-        kernel=kernel.fn.__name__,
+    report |= dict(
         key_tile=constants.get("KEY_TILE"),
-        registers=int(re.search(r"Used (\d+) registers", log)[1]),
-        spilled=int(re.search(r"(\d+) bytes spill stores", log)[1]),
-        shared=built.metadata.shared,
         products=sorted({name for name, _ in found}),
         count=len(found),
         from_registers=sum(operand == "{" for _, operand in found),
-    ), ptx
+    )
+    return report, ptx
 
 
 def builds(arch):
@@ -110,11 +67,11 @@ def builds(arch):
             for name, (rows, columns) in shapes.items()
         }
         warps = max(4, s.num_warps * query_block // 128)
-        yield compile_for(
+        yield compile_products(
             arch, backend.block_sparse_kernel, constants, types, warps, s.num_stages
         )
     types = dict(x="*bf16", lengths="*i32", mean="*fp32", scales="*fp32", mean_logits="*fp32")
-    yield compile_for(
+    yield compile_products(
         arch, kernels.sum_kernel, dict(D=128, BLOCK=128), types | dict(out="*fp32"), 8, 3
     )
     for keys in (True, False):
@@ -123,7 +80,7 @@ def builds(arch):
             TRANSPOSED=not keys,
         )
         constants |= dict(mean_logits=None) if keys else {}
-        yield compile_for(
+        yield compile_products(
             arch, kernels.quantize_kernel, constants, types | dict(out="*fp8e4nv"), 8, 3
         )
 

@@ -2,21 +2,25 @@
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import ON_CUDA, TARGETS, assert_close, problem, segments, some_full_rows
+from compiling import SHARED_MEMORY, built_by, compile_for
+from kernel_cases import (
+    ON_CUDA,
+    TARGETS,
+    assert_close,
+    check_large_offsets,
+    problem,
+    segments,
+    some_full_rows,
+)
 
 from dfsattn_diffusers.kernels.backends import load_backend
 
 backend = load_backend("triton")
 
-# Bytes of shared memory that one program may have.
-SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 DEVICES = [
     pytest.param(target.values[1], marks=target.marks)
     for target in TARGETS
@@ -63,31 +67,13 @@ def test_tensors_that_descriptors_cannot_read(monkeypatch, device):
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_CUDA)])
 def test_offsets_beyond_32_bits(device):
     """The last head starts beyond element 2 ** 31."""
-    shape = (1, 130, 2**17, 128)
-    q, k, v = (torch.zeros(shape, dtype=torch.bfloat16, device=device) for _ in range(3))
-    small = problem(device, torch.bfloat16, num_queries=2**17, heads=1, batch=1, head_dim=128)
-    for big, x in ((q, small.q), (k, small.k), (v, small.v)):
-        big[:, -1:] = x
-    rows = small.mask.shape[2]
-    mask = torch.eye(rows, dtype=torch.bool, device=device).expand(1, 130, rows, rows)
-    last = dataclasses.replace(small, mask=mask[:, -1:]).run("triton")
-    out = dataclasses.replace(small, q=q, k=k, v=v, mask=mask).run("triton")
-    assert torch.equal(out[:, -1:], last)
-    assert not out[:, :-1].any()
+    check_large_offsets(device, "triton")
 
 
 @pytest.mark.parametrize("arch", sorted({arch for arch, _ in backend.SETTINGS}))
 def test_fits_the_gpu(arch):
     """Compiled here for that GPU: shared memory within its limit, and no register spills."""
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    run = subprocess.run(
-        [sys.executable, __file__, str(arch)],
-        env=environment | {"PYTHONPATH": path}, capture_output=True, text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    builds = json.loads(run.stdout.splitlines()[-1])
+    builds = built_by(__file__, arch)
     assert len(builds) == len({(b["head_dim"], b["tma"]) for b in builds}) >= 2
     for build in builds:
         assert build["shared"] <= SHARED_MEMORY[arch], build
@@ -96,64 +82,28 @@ def test_fits_the_gpu(arch):
         assert build["wgmma"] == (arch == 90), build
 
 
-def compile_for(arch, head_dim, settings):
-    """Compile the kernel without a GPU and ask ptxas what it takes."""
-    import re
-    import tempfile
-
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler import ASTSource
-
+def compile_kernel(arch, head_dim, settings):
+    """One of the kernel's builds."""
     kernel, tile = backend.block_sparse_kernel, settings.key_tile
     constants = dict(
         D=head_dim, QUERY_BLOCK=128, KEY_BLOCK=128, KEY_TILE=tile, RAGGED=4, HAS_LENGTHS=True,
         ORDERED=True, WITH_LSE=False, TMA=settings.tma, lse=None,
     )
     types = dict.fromkeys(("counts", "indices", "key_lengths", "output_order"), "*i32")
-    types |= {"out": "*bf16", "scale_log2": "fp32"} | dict.fromkeys(constants, "constexpr")
+    types |= {"out": "*bf16", "scale_log2": "fp32"}
     for name, rows in (("q", 128), ("k", tile), ("v", tile)):
         descriptor = f"tensordesc<bf16[1, 1, {rows}, {head_dim}]>"
         types[name] = descriptor if settings.tma else "*bf16"
-    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-    source = ASTSource(
-        kernel,
-        signature,
-        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
-        {
-            (i,): [["tt.divisibility", 16]]
-            for i, (name, kind) in enumerate(signature.items())
-            if kind.startswith("*") or name.startswith("stride")
-        },
+    report, _ = compile_for(
+        arch, kernel, constants, settings.num_warps, settings.num_stages, types
     )
-    options = dict(
-        num_warps=settings.num_warps, num_stages=settings.num_stages, enable_fp_fusion=True
-    )
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    ptx = built.asm["ptx"]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
-        log = subprocess.run(
-            [get_ptxas(arch).path, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull],
-            capture_output=True, text=True, check=True,
-        ).stderr
-    return dict(
-        head_dim=head_dim,
-        tma=settings.tma,
-        registers=int(re.search(r"Used (\d+) registers", log)[1]),
-        spilled=int(re.search(r"(\d+) bytes spill stores", log)[1]),
-        shared=built.metadata.shared,
-        wgmma="wgmma.mma_async" in ptx,
-    )
+    return report | dict(head_dim=head_dim, tma=settings.tma)
 
 
 if __name__ == "__main__":
     wanted = int(sys.argv[1])
     print(json.dumps([
-        compile_for(arch, head_dim, dataclasses.replace(settings, tma=tma))
+        compile_kernel(arch, head_dim, dataclasses.replace(settings, tma=tma))
         for (arch, head_dim), settings in backend.SETTINGS.items()
         for tma in {False, settings.tma}
         if arch == wanted

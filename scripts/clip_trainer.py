@@ -11,9 +11,10 @@ from tiny_wan_models import embed_prompts
 from tiny_wan_vae import encode_clip
 from training_tools import autocast, cosine, steps_until, timed, update
 
-# A clip is so redundant that its layout and motion are plain to see at 97 % noise: only above it
-# does the caption decide, so training goes there often.
-TRAINING_SHIFTS = (3.0, 40.0)
+# Range of the shift of a batch's noise levels. A clip is so redundant that its layout and motion
+# are plain to see at 97 % noise: only above it does the caption decide, and training goes there
+# often. Outlines come at the end.
+CAPTION_SHIFTS, OUTLINE_SHIFTS = (6.0, 80.0), (3.0, 40.0)
 # Height and width of a stage's clips, the first as often as the others together.
 WARM = ((64, 64),)
 SMALL = ((128, 128), (112, 144), (144, 112))
@@ -29,11 +30,11 @@ PROMPTS = (
 
 
 def stages(warm, small, mixed, smoke=False):
-    """(name, clip sizes, pixels of a batch, seconds, rates): 1,088, 4,352 and 17,408 tokens."""
+    """(name, clip sizes, pixels of a batch, seconds, rates, shifts): 1,088 to 17,408 tokens."""
     table = [
-        ("warm", WARM, 32 * 64**2, warm, (1e-3, 1e-3)),
-        ("small", SMALL, 16 * 128**2, small, (1e-3, 5e-4)),
-        ("mixed", MIXED, 4 * 256**2, mixed, (5e-4, 1e-5)),
+        ("warm", WARM, 32 * 64**2, warm, (1e-3, 1e-3), CAPTION_SHIFTS),
+        ("small", SMALL, 16 * 128**2, small, (1e-3, 5e-4), CAPTION_SHIFTS),
+        ("mixed", MIXED, 4 * 256**2, mixed, (5e-4, 1e-5), OUTLINE_SHIFTS),
     ]
     if smoke:
         table = [
@@ -54,23 +55,13 @@ class Trainer:
         source: A `ClipSource`.
         log: A `Log`.
         compiled: Whether to compile the blocks; goes on without where that fails.
-        shifts: Range of the noise level's shift; higher means more noise.
     """
 
     def __init__(
-        self,
-        family,
-        transformer,
-        tokenizer,
-        text_encoder,
-        vae,
-        source,
-        log,
-        compiled,
-        shifts=TRAINING_SHIFTS,
+        self, family, transformer, tokenizer, text_encoder, vae, source, log, compiled
     ):
         self.family, self.vae, self.source, self.log = family, vae, source, log
-        self.compiled, self.shifts = compiled, shifts
+        self.compiled = compiled
         self.device = vae.device
         self.mean, self.std = latent_statistics(vae)
         self.tokenizer = tokenizer
@@ -95,19 +86,19 @@ class Trainer:
             mean, _ = encode_clip(self.vae, video)
         return captions, (mean.float() - self.mean) / self.std
 
-    def loss(self, captions, latents):
+    def loss(self, captions, latents, shifts):
         captions = ["" if self.source.rng.random() < 0.1 else caption for caption in captions]
-        low, high = map(math.log, self.shifts)
+        low, high = map(math.log, shifts)
         logit = torch.randn(len(latents), device=self.device)
         logit = logit + torch.empty_like(logit).uniform_(low, high)
         text = embed_prompts(self.tokenizer, self.text_encoder, captions, self.family.text_tokens)
         return self.family.loss(self.transformer, latents, logit, *text)
 
-    def warm_up(self, pixels, grids):
+    def warm_up(self, pixels, grids, shifts):
         """Compile every grid; returns the seconds to draw a batch and to pass one both ways."""
 
         def step(data):
-            self.loss(*data).backward()
+            self.loss(*data, shifts).backward()
             self.optimizer.zero_grad(set_to_none=True)
 
         for grid in (*grids, grids[0]):
@@ -132,9 +123,9 @@ class Trainer:
         target, latest = list(self.averaged.parameters()), list(self.transformer.parameters())
         torch._foreach_lerp_(target, latest, 1 - decay)
 
-    def train(self, stage, grids, pixels, seconds, rates):
+    def train(self, stage, grids, pixels, seconds, rates, shifts):
         deadline = time.perf_counter() + seconds
-        drawing, passing = self.warm_up(pixels, grids)
+        drawing, passing = self.warm_up(pixels, grids, shifts)
         # Where drawing is dear, clips come back with other noise.
         fresh, pool, losses = min(1.0, 0.15 * passing / drawing), [], []
         self.log(stage, pixels=pixels, drawing=drawing, passing=passing, fresh=fresh)
@@ -146,7 +137,7 @@ class Trainer:
                 data = pool[-1]
             else:
                 data = self.source.rng.choice(pool)
-            loss = self.loss(*data)
+            loss = self.loss(*data, shifts)
             losses.append(loss.detach())
             update(self.optimizer, loss, min(1.0, (step + 1) / 100) * cosine(*rates, share))
             self.average(min(0.999, (step + 1) / (step + 10)))

@@ -172,7 +172,7 @@ PLAIN = World(
     sizes=("", "", "large"),
     motions=tuple(m for m in MOTIONS if m.phrases[0] in PLAIN_MOTIONS),
     backdrops=(*BACKDROPS[:1] * 3, *BACKDROPS[1:3]),
-    counts=(1, 1, 2),
+    counts=(1, 2),
     free_wording=False,
 )
 

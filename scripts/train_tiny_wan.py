@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from clip_trainer import PROMPTS, TRAINING_SHIFTS, Trainer, stages
+from clip_trainer import PROMPTS, Trainer, stages
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from procedural_clips import FRAMES, PLAIN, RICH, ClipSource, vocabulary
 from tiny_wan_models import build_text_encoder, build_tokenizer, build_transformer
@@ -101,14 +101,6 @@ def parse_arguments():
     add("--small-seconds", type=float, default=200, help="128 x 128 pixels, 4,352 tokens")
     add("--mixed-seconds", type=float, default=200, help="also 256 x 256 pixels, 17,408 tokens")
     add("--total-seconds", type=float, default=540, help="stages are cut to end the run in time")
-    add(
-        "--shifts",
-        type=float,
-        nargs=2,
-        default=TRAINING_SHIFTS,
-        metavar=("LOW", "HIGH"),
-        help="range of the noise level's shift; more noise, more attention to the caption",
-    )
     add("--no-compile", dest="compiled", action="store_false")
     add("--smoke", action="store_true", help="every stage at toy sizes, to test on a CPU")
     return parser.parse_args()
@@ -154,7 +146,7 @@ def main():
         tokenizer = former.tokenizer
         transformer, text_encoder = former.transformer, former.text_encoder
     trainer = Trainer(
-        Wan(), transformer, tokenizer, text_encoder, vae, source, log, args.compiled, args.shifts
+        Wan(), transformer, tokenizer, text_encoder, vae, source, log, args.compiled
     )
     if former is None:
         known = train_text_encoder(
@@ -162,11 +154,11 @@ def main():
         )
         if known < 0.9 and not args.smoke:
             raise SystemExit("the text encoder does not read yet: raise --text-seconds")
-    for stage, grids, pixels, seconds, rates in plan:
+    for stage, grids, pixels, seconds, *rest in plan:
         if not seconds:
             continue
         seconds = min(seconds, args.total_seconds - RESERVE - log.seconds())
-        trainer.train(stage, grids, pixels, seconds, rates)
+        trainer.train(stage, grids, pixels, seconds, *rest)
         save(trainer, args.output)
         log("save", **pack(args.output, args.report))
     sample(args.output, args.report, device, sizes, steps, log)

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from clip_trainer import PROMPTS, TRAINING_SHIFTS, Trainer, stages
+from clip_trainer import PROMPTS, Trainer, stages
 from procedural_clips import FRAMES, PLAIN, ClipSource
 from training_tools import Log, pack, save_sheet
 from witness_families import FAMILIES
@@ -45,14 +45,6 @@ def parse_arguments(argv):
     add("--seconds", type=float, default=285, help="for everything")
     add("--seed", type=int, default=0)
     add("--resume", type=Path, help="folder of an earlier witness to go on from")
-    add(
-        "--shifts",
-        type=float,
-        nargs=2,
-        default=TRAINING_SHIFTS,
-        metavar=("LOW", "HIGH"),
-        help="range of the noise level's shift",
-    )
     add("--no-compile", dest="compiled", action="store_false")
     add("--smoke", action="store_true", help="every stage at toy sizes, to test on a CPU")
     return parser.parse_args(argv)
@@ -77,15 +69,15 @@ def main(argv=None):
         transformer = family.transformer_class.from_pretrained(args.resume, subfolder="transformer")
     source = ClipSource(args.seed, device, PLAIN)
     trainer = Trainer(
-        family, transformer, tokenizer, text_encoder, vae, source, log, args.compiled, args.shifts
+        family, transformer, tokenizer, text_encoder, vae, source, log, args.compiled
     )
     plan = stages(*(share * args.seconds for share in SHARES))
     sizes, steps = plan[2][1][:2], 25
     if args.smoke:
         sizes, steps = ((16, 24),), 2
         plan = [(stage, sizes, 16 * 24, *rest) for stage, _, _, *rest in plan]
-    for stage, grids, pixels, seconds, rates in plan:
-        trainer.train(stage, grids, pixels, seconds, rates)
+    for stage, grids, pixels, seconds, *rest in plan:
+        trainer.train(stage, grids, pixels, seconds, *rest)
         save_witness(trainer.averaged, family.scheduler(), args.output)
         log("save", **pack(args.output, args.report))
     sample(args.family, args.output, args.report, device, sizes, steps, log)

@@ -137,6 +137,14 @@ class BlockMap:
         bits = mask.unflatten(-1, (-1, 8)) << torch.arange(8, device=mask.device).to(torch.uint8)
         return bits.sum(-1, dtype=torch.uint8)
 
+    @cached_property
+    def by_count(self) -> Tensor:
+        """`[B * H * nQ]` int32, rows of the flattened counts, each head's longest first; cached."""
+        heads = self.counts.flatten(0, 1)
+        first = torch.arange(0, self.counts.numel(), heads.shape[1], device=heads.device)
+        order = heads.argsort(dim=-1, descending=True, stable=True)
+        return (first[:, None] + order).flatten().int()
+
 
 @dataclass(frozen=True)
 class PackedBlockMap:

@@ -30,9 +30,9 @@ class LaunchSettings:
 
 # By compute capability; not yet measured.
 SETTINGS = {
-    80: LaunchSettings(64, 8, 2),
+    80: LaunchSettings(32, 8, 2),
     86: LaunchSettings(32, 8, 2),
-    90: LaunchSettings(64, 8, 2),
+    90: LaunchSettings(32, 4, 3),
 }
 SETTINGS |= {89: SETTINGS[86], 100: SETTINGS[80], 120: SETTINGS[86]}
 
@@ -84,6 +84,16 @@ def pool_kernel(
         if variance.dtype.element_ty == tl.float16:
             b_variance = tl.minimum(b_variance, 65504.0)
         tl.store(variance + o_out, b_variance.to(variance.dtype.element_ty))
+
+
+@triton.jit
+def _weigh(p_bits, p_counts, o_p, P, PER_BLOCK: tl.constexpr):
+    """Logarithm in base 2 of the tokens that the pools `o_p` stand for, -inf for kept blocks."""
+    o_block = o_p // PER_BLOCK
+    b_byte = tl.load(p_bits + o_block // 8, mask=o_p < P, other=255)
+    b_count = tl.load(p_counts + o_p, mask=o_p < P, other=float("-inf"))
+    m_kept = ((b_byte.to(tl.int32) >> (o_block % 8)) & 1) > 0
+    return tl.where(m_kept, float("-inf"), b_count * 1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["H", "N_Q", "P", "N_BLOCKS", "N_BYTES"])
@@ -147,33 +157,34 @@ def add_kernel(
     b_sum = tl.where(b_max == float("-inf"), 0.0, 1.0)
 
     p_pools = i_bh.to(tl.int64) * P * D + o_d[None, :]
+    p_bits, p_counts = bits + i_row * N_BYTES, log_counts + i_b * P
+    b_next = _weigh(p_bits, p_counts, tl.arange(0, POOLS), P, PER_BLOCK)
     for i_p in range(0, P, POOLS):
         # [POOLS]
         o_p = i_p + tl.arange(0, POOLS)
         m_p = o_p < P
-        o_block = o_p // PER_BLOCK
-        b_byte = tl.load(bits + i_row * N_BYTES + o_block // 8, mask=m_p, other=255)
-        m_kept = ((b_byte.to(tl.int32) >> (o_block % 8)) & 1) > 0
-        b_count = tl.load(log_counts + i_b * P + o_p, mask=m_p & ~m_kept, other=float("-inf"))
+        b_count = b_next
+        # One step ahead: loads of single bytes are not pipelined.
+        b_next = _weigh(p_bits, p_counts, o_p + POOLS, P, PER_BLOCK)
         # [POOLS, D]
         o_pool = p_pools + o_p.to(tl.int64)[:, None] * D
         b_k = tl.load(keys + o_pool, mask=m_p[:, None], other=0.0)
         b_v = tl.load(values + o_pool, mask=m_p[:, None], other=0.0)
         # [QUERIES, POOLS]
-        b_s = tl.dot(b_q, tl.trans(b_k)) * (scale * LOG2_E) + (b_count * LOG2_E)[None, :]
+        b_s = tl.dot(b_q, tl.trans(b_k)) * (scale * LOG2_E) + b_count[None, :]
         if MOMENT:
             b_k = tl.load(variance + o_pool, mask=m_p[:, None], other=0.0)
             b_spread = tl.sqrt(tl.dot(b_square, tl.trans(b_k)) * scale) * LOG2_E
             b_s += b_spread + tl.log2(1.0 + tl.exp2(-2.0 * b_spread)) - 1.0
         # [QUERIES]
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_top = tl.maximum(b_max, tl.max(b_s, 1))
+        b_shift = tl.where(b_top == float("-inf"), 0.0, b_top)
         b_decay = tl.exp2(b_max - b_shift)
         # [QUERIES, POOLS]
         b_p = tl.exp2(b_s - b_shift[:, None])
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None])
-        b_max = b_new
+        b_max = b_top
 
     b_lse = (b_max + tl.log2(b_sum)) / LOG2_E
     tl.store(p_lse, b_lse, mask=m_q)

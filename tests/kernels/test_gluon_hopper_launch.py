@@ -125,7 +125,8 @@ def compile_for_hopper(head_dim, key_block, dtype, everything):
     ints, floats = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
     values = dict(
         q=backend._describe(x, 64), k=backend._describe(x, key_block),
-        v=backend._describe(x, key_block), out=x, counts=ints, indices=ints, scale_log2=0.1,
+        v=backend._describe(x, key_block), out=x, rows=ints, counts=ints, indices=ints,
+        scale_log2=0.1,
         lse=floats if everything else None, key_lengths=ints if everything else None,
         output_order=ints if everything else None,
     )

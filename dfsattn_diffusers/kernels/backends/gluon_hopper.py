@@ -38,8 +38,8 @@ class LaunchSettings:
 
 # By head dim and key block.
 SETTINGS = {
-    (128, 128): LaunchSettings(2),
-    (128, 64): LaunchSettings(4),
+    (128, 128): LaunchSettings(2, early=False),
+    (128, 64): LaunchSettings(3, early=False),
     (64, 128): LaunchSettings(4),
     (64, 64): LaunchSettings(4),
 }
@@ -52,14 +52,23 @@ def _block_at(p_blocks, i, i_listed):
 
 
 @gluon.jit
-def _row_at(i_work, counts, indices, NUM_ROWS, NUM_BLOCKS, MAX_COUNT):
-    """Head and query block of a piece of work, its key blocks, and how many are listed."""
-    # Last query blocks first: dense rows of text are there and take longest.
-    i_bh, i_q = i_work // NUM_ROWS, NUM_ROWS - 1 - i_work % NUM_ROWS
-    i_row = i_bh.to(gl.int64) * NUM_ROWS + i_q
+def _num_rounds(NUM_WORK):
+    """How many rows this program takes."""
+    return (NUM_WORK - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
+
+
+@gluon.jit
+def _row_at(i_round, rows, counts, indices, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT):
+    """Head and query block of this program's row, its key blocks, and how many are listed."""
+    i_program, i_programs = gl.program_id(0), gl.num_programs(0)
+    # Long rows come first: dealt back and forth they add up to about as much for every program.
+    m_back = (i_round % 2 == 1) & (i_round < NUM_WORK // i_programs)
+    i_place = gl.where(m_back, i_programs - 1 - i_program, i_program)
+    i_row = gl.load(rows + i_round * i_programs + i_place)
     i_count = gl.load(counts + i_row)
     i_listed = gl.where(i_count == NUM_BLOCKS, 0, i_count)
-    return i_bh, i_q, i_count, indices + i_row * MAX_COUNT, i_listed
+    p_blocks = indices + i_row.to(gl.int64) * MAX_COUNT
+    return i_row // NUM_ROWS, i_row % NUM_ROWS, i_count, p_blocks, i_listed
 
 
 @gluon.jit
@@ -74,15 +83,15 @@ def _count_whole(p_blocks, i_count, i_listed, NUM_BLOCKS, full_key_blocks):
 
 
 @gluon.jit
-def _produce(q_source, k_source, v_source, q_ring, k_ring, v_ring, counts, indices,
-             H, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT):
+def _produce(q_source, k_source, v_source, q_ring, k_ring, v_ring, rows, counts,
+             indices, H, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT):
     """The loading warp: each row's queries, then keys one block ahead of values."""
     ROWS: gl.constexpr = q_ring[0].shape[1]
     KEYS: gl.constexpr = k_ring[0].shape[1]
     i_tile, i_half = 0, 0
-    for i_work in range(gl.program_id(0), NUM_WORK, gl.num_programs(0)):
+    for i_round in range(_num_rounds(NUM_WORK)):
         i_bh, i_q, i_count, p_blocks, i_listed = _row_at(
-            i_work, counts, indices, NUM_ROWS, NUM_BLOCKS, MAX_COUNT
+            i_round, rows, counts, indices, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT
         )
         i_b, i_h = i_bh // H, i_bh % H
         for W in gl.static_range(2):
@@ -205,7 +214,7 @@ def _attend_masked(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_keys, sca
 
 @gluon.jit
 def _consume(
-    q_ring, k_ring, v_ring, out, lse, counts, indices, key_lengths, output_order, scale_log2,
+    q_ring, k_ring, v_ring, out, lse, rows, counts, indices, key_lengths, output_order, scale_log2,
     stride_ob, stride_oh, stride_on,
     H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
     W: gl.constexpr, HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
@@ -221,9 +230,9 @@ def _consume(
     if W == 1:
         # The first turn is the other warpgroup's.
         rings.grant_turn(0, NUM_WORK)
-    for i_work in range(gl.program_id(0), NUM_WORK, gl.num_programs(0)):
+    for i_round in range(_num_rounds(NUM_WORK)):
         i_bh, i_q, i_count, p_blocks, i_listed = _row_at(
-            i_work, counts, indices, NUM_ROWS, NUM_BLOCKS, MAX_COUNT
+            i_round, rows, counts, indices, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT
         )
         i_b, i_h = i_bh // H, i_bh % H
         i_whole = _count_whole(p_blocks, i_count, i_listed, NUM_BLOCKS, full_key_blocks)
@@ -233,6 +242,9 @@ def _consume(
         # [ROWS, D]
         b_out = gl.zeros([ROWS, D], gl.float32, OUT)
         b_q = rings.receive(q_ring, i_half)
+        # The same tile, since no count is negative. ptxas must not know: it would compute parts of
+        # the tile's descriptor for whole blocks alone, and use them where there are none as well.
+        b_q_again = rings.slot(q_ring, i_half + gl.where(i_count < 0, 1, 0))
         if i_whole > 0:
             b_out, b_max, b_sum = _attend_whole(
                 b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_tile + i_whole, scale_log2,
@@ -244,7 +256,7 @@ def _consume(
             if HAS_LENGTHS:
                 i_keys = gl.minimum(i_keys, gl.load(key_lengths + i_b * NUM_BLOCKS + i_block))
             b_out, b_max, b_sum = _attend_masked(
-                b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile + i, i_keys, scale_log2,
+                b_q_again, k_ring, v_ring, b_out, b_max, b_sum, i_tile + i, i_keys, scale_log2,
                 HAS_LENGTHS,
             )
         rings.release(q_ring, i_half)
@@ -279,14 +291,14 @@ _COUNTS = ["H", "N_Q", "N_K", "NUM_WORK", "NUM_ROWS", "NUM_BLOCKS", "MAX_COUNT",
 
 @gluon.jit(do_not_specialize=_COUNTS)
 def block_sparse_kernel(
-    q, k, v, out, lse, counts, indices, key_lengths, output_order, scale_log2,
+    q, k, v, out, lse, rows, counts, indices, key_lengths, output_order, scale_log2,
     stride_ob, stride_oh, stride_on,
     H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
     D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
     EARLY: gl.constexpr,
 ):
-    """Query blocks of all heads, `program_id` and every `num_programs` after it."""
+    """Query blocks of all heads, as `rows` deals them to the programs."""
     # A row's queries are a tile for each warpgroup; the next row's come meanwhile.
     q_ring = rings.make_ring(q.dtype, 4, ROWS, D, 1)
     k_ring = rings.make_ring(q.dtype, STAGES, KEYS, D, 2)
@@ -295,17 +307,17 @@ def block_sparse_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                q_ring, k_ring, v_ring, out, lse, counts, indices, key_lengths, output_order,
+                q_ring, k_ring, v_ring, out, lse, rows, counts, indices, key_lengths, output_order,
                 scale_log2, stride_ob, stride_oh, stride_on, H, N_Q, N_K, NUM_WORK, NUM_ROWS,
                 NUM_BLOCKS, MAX_COUNT, full_key_blocks, 0, HAS_LENGTHS, ORDERED, WITH_LSE, EARLY,
             )),
             (_consume, (
-                q_ring, k_ring, v_ring, out, lse, counts, indices, key_lengths, output_order,
+                q_ring, k_ring, v_ring, out, lse, rows, counts, indices, key_lengths, output_order,
                 scale_log2, stride_ob, stride_oh, stride_on, H, N_Q, N_K, NUM_WORK, NUM_ROWS,
                 NUM_BLOCKS, MAX_COUNT, full_key_blocks, 1, HAS_LENGTHS, ORDERED, WITH_LSE, EARLY,
             )),
             (_produce, (
-                q, k, v, q_ring, k_ring, v_ring, counts, indices, H, NUM_WORK, NUM_ROWS,
+                q, k, v, q_ring, k_ring, v_ring, rows, counts, indices, H, NUM_WORK, NUM_ROWS,
                 NUM_BLOCKS, MAX_COUNT,
             )),
         ],
@@ -376,8 +388,8 @@ def launch(call: AttentionCall, settings: LaunchSettings) -> None:
     with torch.cuda.device_of(call.q):
         block_sparse_kernel[programs,](
             _describe(call.q, QUERY_BLOCK // 2), _describe(call.k, key_block),
-            _describe(call.v, key_block), call.out, call.lse, block_map.counts.contiguous(),
-            block_map.indices.contiguous(),
+            _describe(call.v, key_block), call.out, call.lse, block_map.by_count,
+            block_map.counts.contiguous(), block_map.indices.contiguous(),
             None if key_lengths is None else key_lengths.contiguous(),
             None if order is None else order.contiguous(),
             call.scale * math.log2(math.e),

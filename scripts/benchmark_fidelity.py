@@ -1,6 +1,6 @@
 """How close sparse generations stay to the dense ones, at which cost: same seeds, paired cases.
 
-    python scripts/benchmark_fidelity.py --output benchmarks/fidelity_h200.json --seconds 560
+    python scripts/benchmark_fidelity.py --output benchmarks/fidelity.json --seconds 560
 
 Every result is written as soon as it is there; the same command goes on where the last one was cut,
 and `--variants` or more `--cases` extend the file. The first variants of `fidelity_variants` come
@@ -84,6 +84,10 @@ class Benchmark:
         if not self.args.output.exists():
             return new
         data = json.loads(self.args.output.read_text())
+        # Every unit has a dense reference of the same GPU.
+        gpus = dict.fromkeys([*data["machine"]["gpu"].split(", "), machine["gpu"]])
+        machine["gpu"] = ", ".join(gpus)
+        data["machine"]["gpu"] = machine["gpu"]
         for name in ("machine", "settings"):
             if data[name] != new[name]:
                 sys.exit(
@@ -162,7 +166,8 @@ class Benchmark:
 
     def _reference(self, witness, grid, steps, cases):
         """Dense clips, made once: in memory, and as latents in the cache folder."""
-        what = self.data["machine"], self.data["settings"], self.witnesses[witness].fingerprint
+        weights = self.witnesses[witness].fingerprint
+        what = about()["gpu"], self.data["machine"], self.data["settings"], weights
         where = hashlib.sha256(repr(what).encode()).hexdigest()[:8]
         key = f"{witness}_{format_grid(grid)}_{steps}_{cases.start}-{cases.stop}_{where}"
         if key not in self.dense:

@@ -70,7 +70,10 @@ class Trainer:
         self.text_encoder.requires_grad_(False)
         self.averaged = copy.deepcopy(self.transformer).eval()
         self.optimizer = torch.optim.AdamW(
-            self.transformer.parameters(), betas=(0.9, 0.99), weight_decay=0.01
+            self.transformer.parameters(),
+            betas=(0.9, 0.99),
+            weight_decay=0.01,
+            fused=self.device.type == "cuda",
         )
         if compiled:
             torch._dynamo.config.recompile_limit = 64

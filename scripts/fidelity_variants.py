@@ -63,6 +63,12 @@ VARIANTS = {
     "tail by moments of 32, one dense step, keep 0.15": _ours(
         **_BEST, dense_fraction=0.02, keep_ratios=(0.15,), refreshes=4
     ),
+    "paper, new maps every 12 %": _ours(refresh_interval=0.12),
+    "paper, new maps every 6 %": _ours(refresh_interval=0.06),
+    "paper, new maps every 2 %": _ours(refresh_interval=0.02),
+    "tail by means of 32, layer budget, error, 128 x 64, new maps every 6 %": _ours(
+        **_MEAN, tail_pool=32, key_block=64, refresh_interval=0.06
+    ),
     # Few-step runs, one dense step.
     "paper, 8 steps": _few(8),
     "ours, 8 steps": _few(8, **_BEST),

@@ -1,13 +1,15 @@
 """Train the tiny Wan pipeline of the package: VAE first, then text encoder and transformer.
 
 Every clip is drawn on the device (`procedural_clips`), nothing is downloaded, and each stage has a
-budget in seconds, so that a run ends in time on any machine. The shipped weights took one H200
-these commands; `benchmarks/tiny_wan_training.jsonl` holds the log of the first, that of the second
-was lost with its machine:
+budget in seconds, so that a run ends in time on any machine. The shipped weights took one H200,
+and for the last two one H100, these commands; `benchmarks/tiny_wan_training.jsonl` holds the log of
+each but the second, whose log was lost with its machine:
 
     run() { python scripts/train_tiny_wan.py --output $1 --report $1_report ${@:2}; }
     run vae --vae-only --vae-seconds 150
-    run all --vae vae/vae
+    run text --vae vae/vae
+    run captions --resume text --warm-seconds 180 --small-seconds 160 --mixed-seconds 130
+    run outlines --resume captions --warm-seconds 0 --small-seconds 0 --mixed-seconds 165
 
 The VAE learns a richer world than the transformer, which is too small for all of it. Stages end by
 the clock: the same seed gives the same recipe, not the same bits.

@@ -18,7 +18,7 @@ from witness_families import FAMILIES
 from witnesses import PATCH, Witness, load_tiny_parts, save_witness
 
 # Shares of the time for 1,088, 4,352, and up to 17,408 tokens; the rest is for saving and sampling.
-SHARES = (0.2, 0.35, 0.38)
+SHARES, RESUMED_SHARES = (0.2, 0.35, 0.38), (0.0, 0.4, 0.52)
 
 
 def sample(family, folder, report, device, sizes, steps, log):
@@ -71,12 +71,15 @@ def main(argv=None):
     trainer = Trainer(
         family, transformer, tokenizer, text_encoder, vae, source, log, args.compiled
     )
-    plan = stages(*(share * args.seconds for share in SHARES))
+    shares = SHARES if args.resume is None else RESUMED_SHARES
+    plan = stages(*(share * args.seconds for share in shares))
     sizes, steps = plan[2][1][:2], 25
     if args.smoke:
         sizes, steps = ((16, 24),), 2
         plan = [(stage, sizes, 16 * 24, *rest) for stage, _, _, *rest in plan]
     for stage, grids, pixels, seconds, *rest in plan:
+        if not seconds:
+            continue
         trainer.train(stage, grids, pixels, seconds, *rest)
         save_witness(trainer.averaged, family.scheduler(), args.output)
         log("save", **pack(args.output, args.report))

@@ -8,7 +8,9 @@ import argparse
 import json
 import re
 import sys
+from math import prod
 from pathlib import Path
+from statistics import mean
 
 from fidelity_report import HEADER, drawing, groups, rows_of, title_of, usual_steps
 
@@ -26,7 +28,7 @@ def markdown(header, rows):
 
 
 def presets():
-    rows = []
+    rows, measured = [], preset_psnr()
     for name in list_presets():
         config = resolve_config(name)
         rows.append(
@@ -38,19 +40,37 @@ def presets():
                 f"{config.query_block} x {config.key_block}",
                 f"{config.tail} of {config.tail_pool}" if config.tail else "dropped",
                 f"{nominal_cost(config):.2f}",
+                f"{measured[name]:.1f} dB" if name in measured else "",
             ]
         )
     header = ["preset", "dense steps", "kept ratios", "budget", "blocks", "the rest", "cost"]
-    return markdown(header, rows)
+    return markdown([*header, "PSNR"], rows)
+
+
+def preset_psnr():
+    """Mean over the cases of the largest grid of the package's tiny Wan, by preset."""
+    runs = [run for run in (fidelity_data() or {"runs": []})["runs"] if run["witness"] == "wan"]
+    largest = max((prod(run["grid"]) for run in runs), default=0)
+    return {
+        run["variant"].removeprefix("preset "): mean(case["psnr"] for case in run["cases"])
+        for run in runs
+        if run["cases"] and prod(run["grid"]) == largest
+    }
+
+
+def about(data):
+    return (
+        f"One {data['gpu']}, {data['dtype']}, torch {data['torch']}, triton {data['triton']}; "
+        f"values new in each run, median of {data['iterations']}."
+    )
 
 
 def kernels():
-    data = json.loads((ROOT / "benchmarks" / "kernel_h200.json").read_text())
-    about = (
-        f"One {data['gpu']}, {data['dtype']}, torch {data['torch']}, triton {data['triton']}; "
-        "random maps, values new in each run, median of "
-        f"{data['iterations']}. TFLOP/s count kept work only.\n\n"
-    )
+    paths = sorted((ROOT / "benchmarks").glob("kernel_*.json"))
+    return "\n\n".join(kernel_table(json.loads(path.read_text())) for path in paths)
+
+
+def kernel_table(data):
     rows = [
         [
             " x ".join(f"{size:,}" for size in data["shapes"][row["shape"]]),
@@ -62,18 +82,36 @@ def kernels():
         for row in data["rows"]
     ]
     header = ["heads x tokens x head dim", "density", "kernel", "ms", "TFLOP/s"]
-    return about + markdown(header, rows)
+    note = "Random maps; TFLOP/s count kept work only."
+    return f"{about(data)} {note}\n\n{markdown(header, rows)}"
+
+
+def prologue():
+    data = json.loads((ROOT / "benchmarks" / "prologue.json").read_text())
+    rows = [
+        [
+            row["shape"],
+            row["variant"],
+            f"{row['ms']:.2f}",
+            f"{row['gb_per_s']:,.0f}",
+            f"{row['share_of_copy']:.0%}",
+        ]
+        for row in data["rows"]
+        if row["kernel"] == "ours"
+    ]
+    header = ["shape", "output", "ms", "GB/s", "of the bandwidth of a copy"]
+    return f"{about(data)}\n\n{markdown(header, rows)}"
 
 
 def fidelity_data():
-    path = ROOT / "benchmarks" / "fidelity_h200.json"
+    path = ROOT / "benchmarks" / "fidelity.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def fidelity():
     data = fidelity_data()
     if data is None or not groups(data):
-        return "Not measured yet: there is no `benchmarks/fidelity_h200.json`."
+        return "Not measured yet: there is no `benchmarks/fidelity.json`."
     machine, settings = data["machine"], data["settings"]
     parts = [
         f"One {machine['gpu']}, torch {machine['torch']}, diffusers {machine['diffusers']}, "
@@ -112,7 +150,7 @@ def models():
 # Each document's tables, by the name of the marks around them.
 TABLES = {
     "README.md": {"presets": presets},
-    "docs/performance.md": {"kernels": kernels, "models": models},
+    "docs/performance.md": {"kernels": kernels, "prologue": prologue, "models": models},
     "docs/fidelity.md": {"fidelity": fidelity},
 }
 DRAWING = "docs/fidelity.svg"

@@ -194,7 +194,7 @@ def test_the_document_follows_the_data(measured, tmp_path, monkeypatch):
     monkeypatch.setattr(update_docs, "ROOT", tmp_path)
     assert update_docs.fidelity().startswith("Not measured yet")
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "fidelity_h200.json").write_text(json.dumps(data))
+    (tmp_path / "benchmarks" / "fidelity.json").write_text(json.dumps(data))
     text = update_docs.fidelity()
     for witness, grid in fidelity_report.groups(data):
         assert f"### {witness}, {' x '.join(map(str, grid))}" in text

@@ -140,22 +140,21 @@ def _why_not(module, call: AttentionCall, precision: str) -> str | None:
 
 
 def _choose(call: AttentionCall, precision: str) -> Explanation:
-    device = call.q.device.type
-    able, rejected = [], {}
+    ranks, rejected = {}, {}
     for module in map(load_backend, list_backends()):
         reason = _why_not(module, call, precision)
-        if reason is None and module.AUTO_DEVICES is not None and device not in module.AUTO_DEVICES:
-            reason = f"auto does not use it on {device}"
+        if reason is None and (rank := module.rank(call)) is None:
+            reason = f"auto does not use it on {call.q.device.type}"
         if reason is None:
-            able.append(module)
+            ranks[module.NAME] = rank
         else:
             rejected[module.NAME] = reason
-    if not able:
+    if not ranks:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
         raise ValueError(f"precision must be 'full' here, got {precision!r}; {reasons}")
-    best = max(able, key=lambda module: module.SPEED)
-    rejected |= {m.NAME: f"slower than {best.NAME}" for m in able if m is not best}
-    return Explanation(best.NAME, rejected)
+    best = max(ranks, key=ranks.get)
+    rejected |= {name: f"slower than {best}" for name in ranks if name != best}
+    return Explanation(best, rejected)
 
 
 def _checked_call(

@@ -32,7 +32,7 @@ class LaunchSettings:
 SETTINGS = {
     80: LaunchSettings(32, 8, 2),
     86: LaunchSettings(32, 8, 2),
-    90: LaunchSettings(32, 4, 3),
+    90: LaunchSettings(64, 8, 3),
 }
 SETTINGS |= {89: SETTINGS[86], 100: SETTINGS[80], 120: SETTINGS[86]}
 
@@ -87,16 +87,45 @@ def pool_kernel(
 
 
 @triton.jit
-def _weigh(p_bits, p_counts, o_p, P, PER_BLOCK: tl.constexpr):
-    """Logarithm in base 2 of the tokens that the pools `o_p` stand for, -inf for kept blocks."""
-    o_block = o_p // PER_BLOCK
-    b_byte = tl.load(p_bits + o_block // 8, mask=o_p < P, other=255)
-    b_count = tl.load(p_counts + o_p, mask=o_p < P, other=float("-inf"))
-    m_kept = ((b_byte.to(tl.int32) >> (o_block % 8)) & 1) > 0
-    return tl.where(m_kept, float("-inf"), b_count * 1.4426950408889634)
+def _kept(p_bits, i_block, N_BYTES, BLOCKS: tl.constexpr):
+    """Bits of `BLOCKS` blocks from `i_block` on, a power of two of them, in one number."""
+    WORD: tl.constexpr = tl.int64 if BLOCKS > 32 else tl.int32
+    i_byte = i_block // 8
+    i_bits = tl.load(p_bits + i_byte).to(WORD) >> (i_block % 8)
+    for B in tl.static_range(1, BLOCKS // 8):
+        i_next = tl.load(p_bits + i_byte + B, mask=i_byte + B < N_BYTES, other=0)
+        i_bits |= i_next.to(WORD) << (8 * B)
+    return i_bits
 
 
-@triton.jit(do_not_specialize=["H", "N_Q", "P", "N_BLOCKS", "N_BYTES"])
+@triton.jit
+def _weigh(i_bits, b_count, POOLS: tl.constexpr, PER_BLOCK: tl.constexpr):
+    """Logarithm of the tokens that each pool of a step stands for, -inf in kept blocks."""
+    m_kept = ((i_bits >> (tl.arange(0, POOLS) // PER_BLOCK)) & 1) > 0
+    return tl.where(m_kept, float("-inf"), b_count)
+
+
+@triton.jit
+def _join(b_q, b_square, b_k, b_v, b_variance, b_weight, b_out, b_max, b_sum, scale_log2, scale,
+          MOMENT: tl.constexpr):  # fmt: skip
+    """One step of the online softmax, in base 2."""
+    # [QUERIES, POOLS]
+    b_s = tl.dot(b_q, tl.trans(b_k)) * scale_log2 + b_weight[None, :]
+    if MOMENT:
+        b_spread = tl.sqrt(tl.dot(b_square, tl.trans(b_variance)) * scale) * 1.4426950408889634
+        b_s += b_spread + tl.log2(1.0 + tl.exp2(-2.0 * b_spread)) - 1.0
+    # [QUERIES]
+    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+    b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_decay = tl.exp2(b_max - b_shift)
+    # [QUERIES, POOLS]
+    b_p = tl.exp2(b_s - b_shift[:, None])
+    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+    b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None])
+    return b_out, b_new, b_sum
+
+
+@triton.jit(do_not_specialize=["H", "N_Q", "P", "N_BLOCKS", "N_BYTES", "full_pools"])
 def add_kernel(
     q,
     keys,
@@ -120,10 +149,12 @@ def add_kernel(
     P,
     N_BLOCKS,
     N_BYTES,
+    full_pools,
     D: tl.constexpr,
     QUERIES: tl.constexpr,
     POOLS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
     MOMENT: tl.constexpr,
     ORDERED: tl.constexpr,
 ):
@@ -148,6 +179,7 @@ def add_kernel(
     # [QUERIES, D]
     b_q = tl.load(p_q + o_d[None, :], mask=m_q[:, None], other=0.0)
     b_out = tl.load(p_out + o_d[None, :], mask=m_out[:, None], other=0.0).to(tl.float32)
+    b_square = b_q
     if MOMENT:
         # Times the scale: squares of float16 stay within its range.
         b_square = b_q.to(tl.float32)
@@ -157,34 +189,41 @@ def add_kernel(
     b_sum = tl.where(b_max == float("-inf"), 0.0, 1.0)
 
     p_pools = i_bh.to(tl.int64) * P * D + o_d[None, :]
-    p_bits, p_counts = bits + i_row * N_BYTES, log_counts + i_b * P
-    b_next = _weigh(p_bits, p_counts, tl.arange(0, POOLS), P, PER_BLOCK)
-    for i_p in range(0, P, POOLS):
-        # [POOLS]
-        o_p = i_p + tl.arange(0, POOLS)
-        m_p = o_p < P
-        b_count = b_next
-        # One step ahead: loads of single bytes are not pipelined.
-        b_next = _weigh(p_bits, p_counts, o_p + POOLS, P, PER_BLOCK)
+    p_bits, scale_log2 = bits + i_row * N_BYTES, scale * LOG2_E
+    BLOCKS: tl.constexpr = POOLS // PER_BLOCK
+    # [POOLS]
+    o_step = tl.arange(0, POOLS)
+    i_whole = full_pools // POOLS * POOLS
+    # One step ahead: loads of bits are not pipelined.
+    i_next = _kept(p_bits, 0, N_BYTES, BLOCKS)
+    for i_p in range(0, i_whole, POOLS):
+        b_weight = _weigh(i_next, tl.log2(1.0 * SIZE), POOLS, PER_BLOCK)
+        i_last = tl.minimum(i_p + POOLS, P - 1) // PER_BLOCK
+        i_next = _kept(p_bits, i_last, N_BYTES, BLOCKS)
         # [POOLS, D]
-        o_pool = p_pools + o_p.to(tl.int64)[:, None] * D
+        o_pool = p_pools + (i_p + o_step).to(tl.int64)[:, None] * D
+        b_k, b_v = tl.load(keys + o_pool), tl.load(values + o_pool)
+        b_variance = tl.load(variance + o_pool) if MOMENT else b_k
+        b_out, b_max, b_sum = _join(
+            b_q, b_square, b_k, b_v, b_variance, b_weight, b_out, b_max, b_sum, scale_log2, scale,
+            MOMENT,
+        )  # fmt: skip
+
+    # Pools of other lengths, and those behind the end.
+    for i_p in tl.range(i_whole, P, POOLS, num_stages=1):
+        m_p = i_p + o_step < P
+        b_count = tl.load(log_counts + i_b * P + i_p + o_step, mask=m_p, other=float("-inf"))
+        i_bits = _kept(p_bits, i_p // PER_BLOCK, N_BYTES, BLOCKS)
+        b_weight = _weigh(i_bits, b_count * LOG2_E, POOLS, PER_BLOCK)
+        # [POOLS, D]
+        o_pool = p_pools + (i_p + o_step).to(tl.int64)[:, None] * D
         b_k = tl.load(keys + o_pool, mask=m_p[:, None], other=0.0)
         b_v = tl.load(values + o_pool, mask=m_p[:, None], other=0.0)
-        # [QUERIES, POOLS]
-        b_s = tl.dot(b_q, tl.trans(b_k)) * (scale * LOG2_E) + b_count[None, :]
-        if MOMENT:
-            b_k = tl.load(variance + o_pool, mask=m_p[:, None], other=0.0)
-            b_spread = tl.sqrt(tl.dot(b_square, tl.trans(b_k)) * scale) * LOG2_E
-            b_s += b_spread + tl.log2(1.0 + tl.exp2(-2.0 * b_spread)) - 1.0
-        # [QUERIES]
-        b_top = tl.maximum(b_max, tl.max(b_s, 1))
-        b_shift = tl.where(b_top == float("-inf"), 0.0, b_top)
-        b_decay = tl.exp2(b_max - b_shift)
-        # [QUERIES, POOLS]
-        b_p = tl.exp2(b_s - b_shift[:, None])
-        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None])
-        b_max = b_top
+        b_variance = tl.load(variance + o_pool, mask=m_p[:, None], other=0.0) if MOMENT else b_k
+        b_out, b_max, b_sum = _join(
+            b_q, b_square, b_k, b_v, b_variance, b_weight, b_out, b_max, b_sum, scale_log2, scale,
+            MOMENT,
+        )  # fmt: skip
 
     b_lse = (b_max + tl.log2(b_sum)) / LOG2_E
     tl.store(p_lse, b_lse, mask=m_q)
@@ -204,9 +243,13 @@ def settings_for(x: Tensor) -> LaunchSettings:
     return SETTINGS[max(arch for arch in SETTINGS if arch <= major * 10 + minor)]
 
 
-def pools_per_step(settings: LaunchSettings, head_dim: int, moment: bool) -> int:
-    """Squares of queries and a third product take the registers of half the pools."""
-    return settings.pools // 2 if moment and head_dim == 128 else settings.pools
+def pools_per_step(
+    settings: LaunchSettings, head_dim: int, moment: bool, per_block: int
+) -> int:
+    """Pools of one loop step, at least those of one key block and at most those of 64."""
+    # Squares of queries and a third product take the registers of half the pools.
+    pools = settings.pools // 2 if moment and head_dim == 128 else settings.pools
+    return min(max(pools, per_block), 64 * per_block)
 
 
 def can_pool(k: Tensor, v: Tensor, pool: int) -> bool:
@@ -271,7 +314,8 @@ def add(call, tail) -> None:
     block_map, settings = call.block_map, settings_for(call.q)
     batch, heads, num_queries, head_dim = call.q.shape
     pools, num_rows = tail.keys.shape[2], block_map.counts.shape[2]
-    size, order = block_map.query_block, call.output_order
+    size, order, moment = block_map.query_block, call.output_order, tail.variance is not None
+    per_block = pools // block_map.num_key_blocks
     with torch.cuda.device_of(call.q):
         add_kernel[num_rows, batch * heads](
             call.q,
@@ -292,11 +336,13 @@ def add(call, tail) -> None:
             pools,
             block_map.num_key_blocks,
             block_map.bits.shape[-1],
+            call.full_key_blocks * per_block,
             D=head_dim,
             QUERIES=size,
-            POOLS=pools_per_step(settings, head_dim, tail.variance is not None),
-            PER_BLOCK=pools // block_map.num_key_blocks,
-            MOMENT=tail.variance is not None,
+            POOLS=pools_per_step(settings, head_dim, moment, per_block),
+            PER_BLOCK=per_block,
+            SIZE=block_map.key_block // per_block,
+            MOMENT=moment,
             ORDERED=order is not None,
             num_warps=max(4, settings.num_warps * size // 128),
             num_stages=settings.num_stages,

@@ -116,11 +116,12 @@ def test_refuses_blocks_that_are_no_power_of_two():
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_CUDA)])
 def test_no_tile_matrix(device):
-    """The scores and nothing else are new."""
+    """What is new is far less than a matrix of tiles."""
     q, k, *lengths = tiles(device, query_blocks=200, key_blocks=200, batch=1)
+    matrix = 4 * k.shape[1] * q.shape[2] * k.shape[2]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    scores = tile_scores.block_scores(
+    tile_scores.block_scores(
         q, k, *lengths, tiles_per_query_block=8, tiles_per_key_block=8, scale=1.0
     )
-    assert torch.cuda.max_memory_allocated() - before <= 2 * scores.nbytes
+    assert torch.cuda.max_memory_allocated() - before <= matrix / 8

@@ -2,9 +2,9 @@
 
 A backend module has
     NAME: its own module name, also what users call it;
-    AUTO_DEVICES: device types on which "auto" may choose it, None for all;
     PRECISION: of its products, "full" where the module says nothing;
-    SPEED: "auto" takes the highest that can do the call;
+    rank(call) -> int | None: of those that can do the call, "auto" takes the highest, as measured;
+        None where it is to be had by name only;
     why_not(call) -> str | None: the reason why it cannot do this call;
     forward(call): fills `call.out` and, where it is not None, `call.lse`.
 Modules whose names begin with an underscore are helpers.
@@ -84,4 +84,4 @@ def load_backend(name: str) -> ModuleType | SimpleNamespace:
         return importlib.import_module(f"{__name__}.{name}")
     except ImportError as error:
         reason = f"{error}; install or upgrade what is missing"
-        return SimpleNamespace(NAME=name, AUTO_DEVICES=None, SPEED=0, why_not=lambda call: reason)
+        return SimpleNamespace(NAME=name, why_not=lambda call: reason)

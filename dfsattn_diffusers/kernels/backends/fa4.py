@@ -18,8 +18,6 @@ from . import AttentionCall, capability, refused_size
 from .reference import store
 
 NAME = "fa4"
-AUTO_DEVICES = ()
-SPEED = 3
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _INSTALL = "pip install 'flash-attn-4>=4.0.0b36'"
@@ -37,6 +35,10 @@ def why_not(call: AttentionCall) -> str | None:
     # Last: the import takes seconds.
     package = _package()
     return package if isinstance(package, str) else None
+
+
+def rank(call: AttentionCall) -> None:
+    """By name only."""
 
 
 @cache

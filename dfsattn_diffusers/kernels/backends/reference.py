@@ -10,8 +10,6 @@ from ..block_map import block_lengths
 from . import AttentionCall
 
 NAME = "reference"
-AUTO_DEVICES = None
-SPEED = 0
 
 # Elements of a chunk's largest temporary, per CPU thread: a second-level cache should hold them.
 _CHUNK_ELEMENTS = 2**19
@@ -19,6 +17,11 @@ _CHUNK_ELEMENTS = 2**19
 
 def why_not(call: AttentionCall) -> None:
     """It does every call."""
+
+
+def rank(call: AttentionCall) -> int:
+    """Behind all others."""
+    return 0
 
 
 def forward(call: AttentionCall) -> None:

@@ -14,8 +14,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import AttentionCall, refused_size
 
 NAME = "triton"
-AUTO_DEVICES = ("cuda",)
-SPEED = 1
 
 
 @dataclass(frozen=True)
@@ -192,6 +190,11 @@ def why_not(call: AttentionCall) -> str | None:
     if call.q.is_cuda and torch.cuda.get_device_capability(call.q.device) < (8, 0):
         return "it needs compute capability 8.0 or higher"
     return refused_size(call, _DTYPES)
+
+
+def rank(call: AttentionCall) -> int | None:
+    """Of the products' own precision, the one for every GPU."""
+    return 2 if call.q.is_cuda else None
 
 
 def settings_for(call: AttentionCall) -> LaunchSettings:

@@ -20,8 +20,6 @@ from .triton import _block_at, _count_whole
 
 NAME = "triton_fp8"
 PRECISION = "fp8"
-AUTO_DEVICES = ("cuda",)
-SPEED = 1
 
 
 @dataclass(frozen=True)
@@ -192,6 +190,11 @@ def why_not(call: AttentionCall) -> str | None:
         major, minor = divmod(_arch(call.q.device), 10)
         return f"it needs compute capability 8.9 or 9.0, got {major}.{minor}"
     return refused_size(call, _DTYPES)
+
+
+def rank(call: AttentionCall) -> int | None:
+    """The only one of its precision."""
+    return 1 if call.q.is_cuda else None
 
 
 def _arch(device: torch.device) -> int:

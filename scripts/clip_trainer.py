@@ -17,7 +17,7 @@ from training_tools import autocast, cosine, steps_until, timed, update
 CAPTION_SHIFTS, OUTLINE_SHIFTS = (6.0, 80.0), (3.0, 40.0)
 # Height and width of a stage's clips, the first as often as the others together.
 WARM = ((64, 64),)
-SMALL = ((128, 128), (112, 144), (144, 112))
+SMALL = ((128, 128), (112, 144))
 MIXED = ((128, 128), (256, 256), (256, 256), (112, 144))
 PROMPTS = (
     "a red circle moves right over a green background",

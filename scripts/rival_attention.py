@@ -86,17 +86,16 @@ def masked_attention(q, k, v, geometry, keep, text_lengths=None):
     """Attention with `keep(rows)`, a boolean mask `[..., rows, video]` of some video queries."""
     batch, heads, tokens, _ = q.shape
     text = geometry.text_tokens
-    valid = torch.ones(batch, 1, 1, text, dtype=torch.bool, device=q.device)
+    valid = torch.ones(1, 1, 1, text, dtype=torch.bool, device=q.device)
     if text_lengths is not None:
-        valid &= (
-            torch.arange(text, device=q.device) < text_lengths.to(q.device)[:, None, None, None]
-        )
+        valid = torch.arange(text, device=q.device) < text_lengths.to(q.device)[:, None, None, None]
     start = text if geometry.text_first else 0
     out, kept = torch.empty_like(q), 0
     everything = torch.ones(1, 1, 1, geometry.video_tokens, dtype=torch.bool, device=q.device)
 
     def join(video):
-        shape = batch, heads, video.shape[-2]
+        """Not larger than it has to be: most of the time goes into the masks."""
+        shape = torch.broadcast_shapes(valid.shape[:-1], video.shape[:-1])
         parts = [valid.expand(*shape, -1), video.expand(*shape, -1)]
         return torch.cat(parts if geometry.text_first else parts[::-1], -1)
 
@@ -111,7 +110,7 @@ def masked_attention(q, k, v, geometry, keep, text_lengths=None):
         mask = join(keep(slice(first, last)))
         rows = slice(start + first, start + last)
         out[:, :, rows] = F.scaled_dot_product_attention(q[:, :, rows], k, v, attn_mask=mask)
-        kept = kept + mask.sum((1, 2, 3)).float() / heads
+        kept = kept + mask.sum((2, 3)).float().mean(1)
     real_text = valid.sum((1, 2, 3)).float()
     real = geometry.video_tokens + real_text
     return out, ((kept + real_text * real) / real.square()).mean()

@@ -15,6 +15,7 @@ from kernel_cases import (
     segments,
     some_full_rows,
 )
+from sass import disassemble, undefined_reads
 
 from dfsattn_diffusers.kernels import BlockMap, explain
 from dfsattn_diffusers.kernels.backends import load_backend
@@ -99,6 +100,22 @@ def test_offsets_beyond_32_bits(device):
     check_large_offsets(device, "gluon_hopper")
 
 
+def test_the_check_of_machine_code_sees_an_unset_descriptor():
+    code = """
+        /*0000*/ UMOV UR4, 0x1 ;
+        /*0010*/ UMOV UR5, 0x2 ;
+        /*0020*/ @P0 BRA `(.L_x_1) ;
+        /*0030*/ UIADD3.64 UR6, UR4, 0x2, URZ ;
+    .L_x_1:
+        /*0040*/ HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0050*/ EXIT ;
+    """
+    assert undefined_reads(code) == ["HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24"]
+    assert undefined_reads(code.replace("@P0 BRA `(.L_x_1)", "NOP")) == []
+    # With queries in registers only the keys are described.
+    assert undefined_reads(code.replace("R24, gdesc[UR4]", "R24, R8, gdesc[UR2]")) == []
+
+
 def test_fits_the_gpu():
     """Compiled here for sm90: shared memory within its limit, and no spills in the loops."""
     builds = built_by(__file__)
@@ -110,6 +127,7 @@ def test_fits_the_gpu():
         assert build["spilled"] <= allowed, build
         # Else the request for more registers was dropped in silence.
         assert {40, 232} <= set(build["budgets"]), build
+        assert build["undefined"] == [], build
 
 
 def compile_for_hopper(head_dim, key_block, dtype, everything):
@@ -156,6 +174,7 @@ def compile_for_hopper(head_dim, key_block, dtype, everything):
     ptx = built.asm["ptx"]
     return resources(built, 90) | dict(
         budgets=sorted({int(n) for n in re.findall(r"setmaxnreg\.\S+\s+(\d+)", ptx)}),
+        undefined=undefined_reads(disassemble(built.asm["cubin"])),
     )
 
 

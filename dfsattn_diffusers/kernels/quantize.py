@@ -27,7 +27,8 @@ class Quantized:
     Attributes:
         q: `[B, H, nQ * query_block, D]`.
         k: `[B, H, nK * key_block, D]`, without `key_mean`.
-        v: `[B, H, D, nK * key_block]`: Hopper multiplies 8-bit values with keys contiguous only.
+        v: `[B, H, D, nK * key_block]`: Hopper multiplies 8-bit values with keys contiguous only;
+            keys in order, or `interleaved`.
         q_scales: `[B, H, nQ]` float32.
         k_scales, v_scales: `[B, H, nK]` float32.
         key_mean: `[B, H, D]` float32.
@@ -54,6 +55,7 @@ def quantize(
     key_block: int,
     key_lengths: Tensor | None = None,
     key_mean: Tensor | None = None,
+    interleaved: bool = False,
 ) -> Quantized:
     """Round to e4m3, each block scaled so that its largest number is 448.
 
@@ -66,6 +68,9 @@ def quantize(
         query_block, key_block: Tokens per block; last blocks may be short.
         key_lengths: `[B, nK]` int32, real keys at the front of each key block; None: all are.
         key_mean: `[B, H, D]` float32 to take off the keys; None: their mean, at a second reading.
+        interleaved: Order the values' keys, 16 by 16, as 0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6,
+            7, 14, 15: then the weights that a thread has from Hopper's first product are those it
+            needs for an 8-bit second. `key_block` must be a multiple of 16.
 
     Source: SageAttention 2, Zhang et al., arXiv 2411.10958 (smoothed keys, per-block scales);
         FlashAttention-3, Shah et al., arXiv 2407.08608 (values with keys contiguous).
@@ -76,7 +81,7 @@ def quantize(
         sums = (kernels.sum_blocks if kernels else sum_blocks)(k, lengths, key_block)
         key_mean = sums.sum(2) / lengths.sum(1).clamp(min=1)[:, None, None]
     make = kernels.quantize if kernels else _quantize
-    return make(q, k, v, query_block, key_block, lengths, key_mean)
+    return make(q, k, v, query_block, key_block, lengths, key_mean, interleaved)
 
 
 def _kernels_for(q: Tensor, k: Tensor, v: Tensor, *blocks: int) -> ModuleType | None:
@@ -93,13 +98,16 @@ def sum_blocks(k: Tensor, lengths: Tensor, key_block: int) -> Tensor:
     return _to_blocks(k, key_block, lengths).sum(3)
 
 
-def _quantize(q, k, v, query_block, key_block, lengths, key_mean) -> Quantized:
+def _quantize(q, k, v, query_block, key_block, lengths, key_mean, interleaved) -> Quantized:
     queries = _to_blocks(q, query_block)
     q8, q_scales = _round_blocks(queries)
     mean_logits = (queries @ key_mean[:, :, None, :, None]).flatten(2)
     k = k.float() - key_mean[:, :, None]
     k8, k_scales = _round_blocks(_to_blocks(k, key_block, lengths))
     v8, v_scales = _round_blocks(_to_blocks(v, key_block, lengths))
+    if interleaved:
+        # Keys 8 i + 2 j + k of 16 become 4 j + 2 i + k.
+        v8 = v8.unflatten(2, (-1, 2, 4, 2)).transpose(3, 4).flatten(2, 5)
     v8 = v8.transpose(2, 3).contiguous()
     return Quantized(q8, k8, v8, q_scales, k_scales, v_scales, key_mean, mean_logits)
 

@@ -27,10 +27,9 @@ def to_e4m3(b_x):
 
 
 @triton.jit
-def _load_block(x, i_b, i_h, i_block, i_length, stride_b, stride_h, stride_n,
+def _load_block(x, o_n, i_b, i_h, i_block, i_length, stride_b, stride_h, stride_n,
                 D: tl.constexpr, BLOCK: tl.constexpr):
-    """Real rows of one block, 0 in its other slots, `[BLOCK, D]` float32."""
-    o_n = tl.arange(0, BLOCK)
+    """Rows `o_n` of one block, 0 for those that are not real, `[BLOCK, D]` float32."""
     p_x = x + i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h
     p_x = p_x + (i_block * BLOCK + o_n).to(tl.int64)[:, None] * stride_n + tl.arange(0, D)[None, :]
     # Padding may be NaN: it is not read.
@@ -45,7 +44,9 @@ def sum_kernel(x, lengths, out, stride_b, stride_h, stride_n, H,
     i_b, i_h = i_bh // H, i_bh % H
     i_length = tl.load(lengths + i_b * tl.num_programs(0) + i_block)
     # [BLOCK, D]
-    b_x = _load_block(x, i_b, i_h, i_block, i_length, stride_b, stride_h, stride_n, D, BLOCK)
+    b_x = _load_block(
+        x, tl.arange(0, BLOCK), i_b, i_h, i_block, i_length, stride_b, stride_h, stride_n, D, BLOCK
+    )
     i_row = i_bh.to(tl.int64) * tl.num_programs(0) + i_block
     tl.store(out + i_row * D + tl.arange(0, D), tl.sum(b_x, 0))
 
@@ -54,7 +55,7 @@ def sum_kernel(x, lengths, out, stride_b, stride_h, stride_n, H,
 def quantize_kernel(
     x, lengths, mean, out, scales, mean_logits, stride_b, stride_h, stride_n, H, N,
     D: tl.constexpr, BLOCK: tl.constexpr, HAS_LENGTHS: tl.constexpr, CENTRED: tl.constexpr,
-    WITH_LOGITS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    WITH_LOGITS: tl.constexpr, TRANSPOSED: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):
     """One block of one head."""
     i_block, i_bh = tl.program_id(0), tl.program_id(1)
@@ -62,9 +63,14 @@ def quantize_kernel(
     i_length = tl.minimum(N - i_block * BLOCK, BLOCK)
     if HAS_LENGTHS:
         i_length = tl.load(lengths + i_b * tl.num_programs(0) + i_block)
-    # [BLOCK, D]
-    b_x = _load_block(x, i_b, i_h, i_block, i_length, stride_b, stride_h, stride_n, D, BLOCK)
     o_n, o_d = tl.arange(0, BLOCK), tl.arange(0, D)
+    o_from = o_n
+    if INTERLEAVED:
+        o_from = o_n // 16 * 16 + o_n // 2 % 2 * 8 + o_n // 4 % 4 * 2 + o_n % 2
+    # [BLOCK, D]
+    b_x = _load_block(
+        x, o_from, i_b, i_h, i_block, i_length, stride_b, stride_h, stride_n, D, BLOCK
+    )
     i_row = i_bh.to(tl.int64) * tl.num_programs(0) + i_block
     if CENTRED or WITH_LOGITS:
         # [D]
@@ -99,16 +105,17 @@ def sum_blocks(k: Tensor, lengths: Tensor, key_block: int) -> Tensor:
     return out
 
 
-def quantize(q, k, v, query_block, key_block, lengths, key_mean) -> Quantized:
+def quantize(q, k, v, query_block, key_block, lengths, key_mean, interleaved) -> Quantized:
     """As `quantize.quantize`, which has filled in all arguments."""
     key_mean = key_mean.contiguous()
     q8, q_scales, mean_logits = _launch(q, query_block, None, key_mean, centred=False)
     k8, k_scales, _ = _launch(k, key_block, lengths, key_mean, centred=True)
-    v8, v_scales, _ = _launch(v, key_block, lengths, None, centred=False)
+    v8, v_scales, _ = _launch(v, key_block, lengths, None, centred=False, interleaved=interleaved)
     return Quantized(q8, k8, v8, q_scales, k_scales, v_scales, key_mean, mean_logits)
 
 
-def _launch(x: Tensor, size: int, lengths: Tensor | None, mean: Tensor | None, centred: bool):
+def _launch(x: Tensor, size: int, lengths: Tensor | None, mean: Tensor | None, *,
+            centred: bool, interleaved: bool = False):
     batch, heads, tokens, head_dim = x.shape
     blocks, transposed = triton.cdiv(tokens, size), mean is None
     shape = [blocks * size, head_dim]
@@ -122,6 +129,6 @@ def _launch(x: Tensor, size: int, lengths: Tensor | None, mean: Tensor | None, c
         quantize_kernel[blocks, batch * heads](
             x, lengths, mean, out, scales, logits, *x.stride()[:3], heads, tokens,
             D=head_dim, BLOCK=size, HAS_LENGTHS=lengths is not None, CENTRED=centred,
-            WITH_LOGITS=with_logits, TRANSPOSED=transposed, num_warps=8,
+            WITH_LOGITS=with_logits, TRANSPOSED=transposed, INTERLEAVED=interleaved, num_warps=8,
         )
     return out, scales, logits

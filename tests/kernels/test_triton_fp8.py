@@ -70,9 +70,9 @@ def eager_fp8(p):
     return out, logits.logsumexp(-1) + mean_logits(p, x).float()
 
 
-def check_fp8(p):
+def check_fp8(p, backend="triton_fp8"):
     """Beside what it was given, the kernel errs as eager code; and so it does beside the truth."""
-    out, lse = p.run("triton_fp8", return_lse=True, precision="fp8")
+    out, lse = p.run(backend, return_lse=True, precision="fp8")
     eager, x = eager_fp8(p), quantized(p)
     given = dequantized(p, x)
     exact_out, exact_lse = given.dense(torch.float64)
@@ -128,6 +128,23 @@ def test_kernels_round_as_specified(monkeypatch, device, dtype, head_dim, key_bl
         assert unlike <= (0 if device == "cpu" else 1e-3)
         torch.testing.assert_close(ours, theirs, rtol=1 / 8, atol=2**-9)
     torch.testing.assert_close(got.mean_logits, wanted.mean_logits, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("key_block", [64, 128])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_interleaved_values(monkeypatch, device, fused, key_block):
+    """The same numbers in another order, which the name of each place says."""
+    p = segments(problem(device, half(device), num_queries=300, key_block=key_block))
+    if not fused:
+        module = __import__("sys").modules[quantize.__module__]
+        monkeypatch.setattr(module, "fast", lambda name, x: None)
+    order = torch.tensor([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15], device=device)
+    plain, other = quantized(p), quantized(p, interleaved=True)
+    groups = plain.v.view(torch.uint8).unflatten(-1, (-1, 16))
+    assert torch.equal(other.v.view(torch.uint8).unflatten(-1, (-1, 16)), groups[..., order])
+    assert torch.equal(other.v_scales, plain.v_scales)
+    assert torch.equal(other.k.view(torch.uint8), plain.k.view(torch.uint8))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -77,7 +77,7 @@ def builds(arch):
     for keys in (True, False):
         constants = dict(
             D=128, BLOCK=128, HAS_LENGTHS=True, CENTRED=keys, WITH_LOGITS=not keys,
-            TRANSPOSED=not keys,
+            TRANSPOSED=not keys, INTERLEAVED=not keys,
         )
         constants |= dict(mean_logits=None) if keys else {}
         yield compile_products(

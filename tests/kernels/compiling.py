@@ -8,6 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from sass import disassemble, undefined_reads
+
 # Bytes of shared memory that one program may have.
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
@@ -62,8 +64,46 @@ def compile_for(
     return report, ptx
 
 
+def compile_gluon(kernel, values, constants):
+    """What a warp-specialised kernel takes on sm90, as a dict, and its PTX.
+
+    Arguments in neither are int32; strides count as multiples of 16, as they are in practice.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.runtime.jit import native_specialize_impl
+
+    constants = constants | {name: None for name, value in values.items() if value is None}
+    types, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in values:
+            types[name] = native_specialize_impl(CUDABackend, values[name], False, True, True)[0]
+        else:
+            types[name] = "i32"
+        if types[name].startswith("*") or name.startswith("stride"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource(
+        kernel,
+        types,
+        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        attributes,
+    )
+    options = dict(num_warps=4, maxnreg=168, enable_fp_fusion=True)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = built.asm["ptx"]
+    report = resources(built, 90) | dict(
+        budgets=sorted({int(n) for n in re.findall(r"setmaxnreg\.\S+\s+(\d+)", ptx)}),
+        undefined=undefined_reads(disassemble(built.asm["cubin"])),
+    )
+    return report, ptx
+
+
 def resources(built, arch):
-    """Registers, spilled bytes and shared memory of a compiled kernel, by ptxas."""
+    """Registers, spilled bytes, shared memory and warnings of a compiled kernel, by ptxas."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     ptx = built.asm["ptx"]
@@ -81,4 +121,5 @@ def resources(built, arch):
         registers=int(re.search(r"Used (\d+) registers", log)[1]),
         spilled=int(re.search(r"(\d+) bytes spill stores", log)[1]),
         shared=built.metadata.shared,
+        serialized="wgmma.mma_async instructions are serialized" in log,
     )

@@ -9,6 +9,7 @@ as a wrong result, a barrier that nobody completes as a deadlock. Layouts mean n
 from __future__ import annotations
 
 import importlib.util
+import math
 import random
 import re
 import sys
@@ -128,6 +129,9 @@ class Value(torch.Tensor):
     def type(self):
         return SimpleNamespace(layout=Layout())
 
+    def split(self):
+        return self.unbind(-1)
+
 
 def value(x) -> Value:
     return torch.as_tensor(x).as_subclass(Value)
@@ -183,6 +187,7 @@ class Pointer:
 
     def __init__(self, data, offset=0):
         self.data, self.offset = data, torch.as_tensor(offset)
+        self.dtype = SimpleNamespace(element_ty=data.dtype)
 
     def __add__(self, offset):
         return Pointer(self.data, self.offset + torch.as_tensor(offset))
@@ -210,13 +215,16 @@ class Descriptor:
     def __init__(self, base, shape, strides, block_shape, layout):
         assert shape == list(base.shape) and len(block_shape) == len(shape) == len(strides)
         self.base, self.block_shape, self.dtype = base, block_shape, base.dtype
+        nbytes = math.prod(block_shape) * base.itemsize
+        self.block_type = SimpleNamespace(nbytes=nbytes)
 
     def tile(self, place):
         """A tile that begins at `place`, zeros beyond the end."""
-        b, h, n, _ = map(int, place)
-        rows = self.base[b, h, n : n + self.block_shape[2]]
-        tile = rows.new_zeros(self.block_shape[2:])
-        tile[: len(rows)] = rows
+        b, h, row, column = map(int, place)
+        rows, columns = self.block_shape[2:]
+        part = self.base[b, h, row : row + rows, column : column + columns]
+        tile = part.new_zeros(rows, columns)
+        tile[: part.shape[0], : part.shape[1]] = part
         return tile
 
 
@@ -270,7 +278,17 @@ class Emulator:
         (product,) = deps
         return product.result
 
-    def _assemble(self, text, constraints, args, **options):
+    def _assemble(self, text, constraints, args, dtype, is_pure, pack):
+        if "cvt.rn.satfinite.e4m3x2.f32" in text:
+            # Four numbers to a register, the first one lowest.
+            codes = torch.stack(args, -1).clamp(-448, 448).to(torch.float8_e4m3fn)
+            return value(codes.view(torch.int32).squeeze(-1))
+        if text.startswith("mov.b32") and pack == 4:
+            # Four numbers of a register, which is there four times.
+            registers = args[0].unflatten(-1, (-1, 4))
+            assert (registers == registers[..., :1]).all()
+            codes = registers[..., 0].contiguous()
+            return value(codes.view(dtype))
         kind, number, threads = re.match(r"bar\.(\w+) (\d+), (\d+);", text).groups()
         assert threads == "256" and self.scheduler.current.warps == 4
         barrier = self.named.setdefault(int(number), NamedBarrier())
@@ -307,9 +325,9 @@ class Emulator:
         return SimpleNamespace(
             constexpr=lambda x: x, static_range=range,
             int32=torch.int32, int64=torch.int64, float32=torch.float32,
-            bfloat16=torch.bfloat16, float16=torch.float16,
+            bfloat16=torch.bfloat16, float16=torch.float16, float8e4nv=torch.float8_e4m3fn,
             NVMMASharedLayout=Layout, NVMMADistributedLayout=Layout, SliceLayout=Layout,
-            DotOperandLayout=Layout, BlockedLayout=Layout,
+            DotOperandLayout=Layout, BlockedLayout=Layout, DistributedLinearLayout=Layout,
             program_id=lambda axis: self.program, num_programs=lambda axis: self.programs,
             num_warps=lambda: self.scheduler.current.warps, barrier=lambda: None,
             allocate_shared_memory=self._allocate, warp_specialize=self._specialize,
@@ -317,7 +335,7 @@ class Emulator:
             arange=lambda start, end, layout: value(torch.arange(start, end)),
             full=lambda shape, x, dtype, layout: value(torch.full(shape, x, dtype=dtype)),
             zeros=lambda shape, dtype, layout: value(torch.zeros(shape, dtype=dtype)),
-            convert_layout=lambda x, layout: x, where=where,
+            convert_layout=lambda x, layout, assert_trivial=False: x, where=where,
             maximum=lambda a, b: value(torch.maximum(*map(torch.as_tensor, (a, b)))),
             minimum=lambda a, b: value(torch.minimum(*map(torch.as_tensor, (a, b)))),
             max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
@@ -357,7 +375,7 @@ def emulated(*names: str, seed: int = 0):
     """Fresh copies of the named modules, whose Gluon is the emulator; the last one is yielded."""
     emulator = Emulator(seed)
     fakes = {
-        GLUON: dict(jit=emulator.jit, language=emulator.language),
+        GLUON: dict(jit=emulator.jit, constexpr_function=lambda f: f, language=emulator.language),
         f"{GLUON}.language.nvidia.hopper": vars(emulator.hopper),
         f"{GLUON}.nvidia.hopper": dict(TensorDescriptor=Descriptor),
     }

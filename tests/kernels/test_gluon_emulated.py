@@ -15,7 +15,7 @@ from dfsattn_diffusers.kernels import api
 
 pytest.importorskip("triton")
 BACKENDS = "dfsattn_diffusers.kernels.backends"
-MODULES = (f"{BACKENDS}._hopper_rings", f"{BACKENDS}.gluon_hopper")
+MODULES = tuple(f"{BACKENDS}.{name}" for name in ("_hopper_rings", "_hopper_rows", "gluon_hopper"))
 
 
 @pytest.fixture(params=range(2), ids="seed{}".format)

@@ -2,11 +2,10 @@
 
 import dataclasses
 import json
-import re
 
 import pytest
 import torch
-from compiling import SHARED_MEMORY, built_by, resources
+from compiling import SHARED_MEMORY, built_by, compile_gluon
 from kernel_cases import (
     ON_CUDA,
     assert_close,
@@ -15,7 +14,7 @@ from kernel_cases import (
     segments,
     some_full_rows,
 )
-from sass import disassemble, undefined_reads
+from sass import undefined_reads
 
 from dfsattn_diffusers.kernels import BlockMap, explain
 from dfsattn_diffusers.kernels.backends import load_backend
@@ -132,12 +131,6 @@ def test_fits_the_gpu():
 
 def compile_for_hopper(head_dim, key_block, dtype, everything):
     """Compile the kernel without a GPU and ask ptxas what it takes."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import CUDABackend
-    from triton.experimental.gluon._runtime import GluonASTSource
-    from triton.runtime.jit import native_specialize_impl
-
     kernel, settings = backend.block_sparse_kernel, backend.SETTINGS[head_dim, key_block]
     x = torch.zeros(1, 1, 256, head_dim, dtype=getattr(torch, dtype))
     ints, floats = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
@@ -152,30 +145,7 @@ def compile_for_hopper(head_dim, key_block, dtype, everything):
         D=head_dim, ROWS=64, KEYS=key_block, STAGES=settings.num_stages, EARLY=settings.early,
         HAS_LENGTHS=everything, ORDERED=everything, WITH_LSE=everything,
     )
-    constants |= {name: None for name, value in values.items() if value is None}
-    types, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            types[name] = "constexpr"
-        elif name in values:
-            types[name] = native_specialize_impl(CUDABackend, values[name], False, True, True)[0]
-        else:
-            types[name] = "i32"
-        if types[name].startswith("*") or name.startswith("stride"):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = GluonASTSource(
-        kernel,
-        types,
-        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
-        attributes,
-    )
-    options = dict(num_warps=4, maxnreg=168, enable_fp_fusion=True)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    ptx = built.asm["ptx"]
-    return resources(built, 90) | dict(
-        budgets=sorted({int(n) for n in re.findall(r"setmaxnreg\.\S+\s+(\d+)", ptx)}),
-        undefined=undefined_reads(disassemble(built.asm["cubin"])),
-    )
+    return compile_gluon(kernel, values, constants)[0]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the Gluon kernel for sm90 stands on: rings of tiles, from a loading warp to warpgroups."""
+"""What the Gluon kernels for sm90 stand on: rings of tiles, from a loading warp to warpgroups."""
 
 from __future__ import annotations
 
@@ -108,12 +108,11 @@ def release(ring, i):
 
 
 @gluon.jit
-def fetch(ring, i, source, i_b, i_h, i_n):
-    """Rows from `i_n` on of one head as the ring's i-th tile, once all are done with its slot."""
-    BYTES: gl.constexpr = ring[0].shape[1] * ring[0].shape[2] * 2
+def fetch(ring, i, source, i_b, i_h, i_row, i_column):
+    """A part of one head's matrix as the ring's i-th tile, once all are done with its slot."""
     _wait(ring[2], i, 1)
-    mbarrier.expect(_slot(ring[1], i), BYTES)
-    _load(source, [i_b, i_h, i_n, 0], _slot(ring[1], i), _slot(ring[0], i))
+    mbarrier.expect(_slot(ring[1], i), source.block_type.nbytes)
+    _load(source, [i_b, i_h, i_row, i_column], _slot(ring[1], i), _slot(ring[0], i))
 
 
 @gluon.jit

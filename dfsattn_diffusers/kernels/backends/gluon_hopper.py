@@ -11,6 +11,16 @@ from torch import Tensor
 from . import AttentionCall, capability
 from . import _hopper_rings as rings
 from ._hopper_rings import TensorDescriptor, gl, gluon, warpgroup_mma, warpgroup_mma_wait
+from ._hopper_rows import (
+    COUNTS,
+    block_at,
+    count_whole,
+    multiply_keys,
+    num_rounds,
+    produce,
+    row_at,
+    store_rows,
+)
 
 NAME = "gluon_hopper"
 
@@ -43,72 +53,6 @@ SETTINGS = {
 
 
 @gluon.jit
-def _block_at(p_blocks, i, i_listed):
-    """The row's i-th key block: listed, or i itself where nothing is."""
-    return gl.where(i < i_listed, gl.load(p_blocks + i, mask=i < i_listed, other=0), i)
-
-
-@gluon.jit
-def _num_rounds(NUM_WORK):
-    """How many rows this program takes."""
-    return (NUM_WORK - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
-
-
-@gluon.jit
-def _row_at(i_round, rows, counts, indices, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT):
-    """Head and query block of this program's row, its key blocks, and how many are listed."""
-    i_program, i_programs = gl.program_id(0), gl.num_programs(0)
-    # Long rows come first: dealt back and forth they add up to about as much for every program.
-    m_back = (i_round % 2 == 1) & (i_round < NUM_WORK // i_programs)
-    i_place = gl.where(m_back, i_programs - 1 - i_program, i_program)
-    i_row = gl.load(rows + i_round * i_programs + i_place)
-    i_count = gl.load(counts + i_row)
-    i_listed = gl.where(i_count == NUM_BLOCKS, 0, i_count)
-    p_blocks = indices + i_row.to(gl.int64) * MAX_COUNT
-    return i_row // NUM_ROWS, i_row % NUM_ROWS, i_count, p_blocks, i_listed
-
-
-@gluon.jit
-def _count_whole(p_blocks, i_count, i_listed, NUM_BLOCKS, full_key_blocks):
-    """How many of the row's first blocks are sure to be whole, by bisection."""
-    i_low, i_high = gl.maximum(i_count - (NUM_BLOCKS - full_key_blocks), 0), i_count
-    while i_low < i_high:
-        i_middle = (i_low + i_high) // 2
-        m_whole = _block_at(p_blocks, i_middle, i_listed) < full_key_blocks
-        i_low, i_high = gl.where(m_whole, i_middle + 1, i_low), gl.where(m_whole, i_high, i_middle)
-    return i_low
-
-
-@gluon.jit
-def _produce(q_source, k_source, v_source, q_ring, k_ring, v_ring, rows, counts,
-             indices, H, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT):
-    """The loading warp: each row's queries, then keys one block ahead of values."""
-    ROWS: gl.constexpr = q_ring[0].shape[1]
-    KEYS: gl.constexpr = k_ring[0].shape[1]
-    i_tile, i_half = 0, 0
-    for i_round in range(_num_rounds(NUM_WORK)):
-        i_bh, i_q, i_count, p_blocks, i_listed = _row_at(
-            i_round, rows, counts, indices, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT
-        )
-        i_b, i_h = i_bh // H, i_bh % H
-        for W in gl.static_range(2):
-            rings.fetch(q_ring, i_half + W, q_source, i_b, i_h, (i_q * 2 + W) * ROWS)
-        i_half += 2
-        i_block = _block_at(p_blocks, 0, i_listed)
-        i_last = -1  # not `i_block`: the loop would not carry what starts as another name's value
-        for i in range(i_count):
-            rings.fetch(k_ring, i_tile + i, k_source, i_b, i_h, i_block * KEYS)
-            # One step ahead: the index is in flight while the next step waits.
-            i_next = _block_at(p_blocks, i + 1, i_listed)
-            if i > 0:
-                rings.fetch(v_ring, i_tile + i - 1, v_source, i_b, i_h, i_last * KEYS)
-            i_last, i_block = i_block, i_next
-        i_tile += i_count
-        if i_count > 0:
-            rings.fetch(v_ring, i_tile - 1, v_source, i_b, i_h, i_last * KEYS)
-
-
-@gluon.jit
 def _softmax(b_s, b_max, b_sum, scale_log2, MASKED: gl.constexpr):
     """One step of the online softmax, in base 2."""
     # [ROWS]
@@ -118,15 +62,6 @@ def _softmax(b_s, b_max, b_sum, scale_log2, MASKED: gl.constexpr):
     # [ROWS, KEYS]
     b_p = gl.exp2(b_s * scale_log2 - b_shift[:, None])
     return b_p, b_new, b_sum * b_decay + gl.sum(b_p, 1), b_decay
-
-
-@gluon.jit
-def _multiply_keys(b_q, b_k, LOGITS: gl.constexpr):
-    """Starts q times k transposed."""
-    ROWS: gl.constexpr = b_q.shape[0]
-    KEYS: gl.constexpr = b_k.shape[0]
-    b_zero = gl.zeros([ROWS, KEYS], gl.float32, LOGITS)
-    return warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -143,7 +78,7 @@ def _attend_whole(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_end, scale
     LOGITS: gl.constexpr = b_max.type.layout.parent
     OUT: gl.constexpr = b_out.type.layout
     DTYPE: gl.constexpr = b_q.dtype
-    b_s = _multiply_keys(b_q, rings.receive(k_ring, i_tile), LOGITS)
+    b_s = multiply_keys(b_q, rings.receive(k_ring, i_tile), LOGITS)
     # [ROWS, KEYS]
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     rings.release(k_ring, i_tile)
@@ -157,7 +92,7 @@ def _attend_whole(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_end, scale
             rings.receive(k_ring, i)
         # In turns: while one warpgroup multiplies, the other takes exponentials.
         rings.await_turn(W, i)
-        b_s = _multiply_keys(b_q, rings.slot(k_ring, i), LOGITS)
+        b_s = multiply_keys(b_q, rings.slot(k_ring, i), LOGITS)
         b_out = warpgroup_mma(b_p, rings.receive(v_ring, i - 1), b_out, is_async=True)
         rings.grant_turn(1 - W, i)
         # [ROWS, KEYS]
@@ -189,7 +124,7 @@ def _attend_masked(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_keys, sca
     OUT: gl.constexpr = b_out.type.layout
     DTYPE: gl.constexpr = b_q.dtype
     KEYS: gl.constexpr = k_ring[0].shape[1]
-    b_s = _multiply_keys(b_q, rings.receive(k_ring, i_tile), LOGITS)
+    b_s = multiply_keys(b_q, rings.receive(k_ring, i_tile), LOGITS)
     # [ROWS, KEYS]
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     rings.release(k_ring, i_tile)
@@ -227,12 +162,12 @@ def _consume(
     if W == 1:
         # The first turn is the other warpgroup's.
         rings.grant_turn(0, NUM_WORK)
-    for i_round in range(_num_rounds(NUM_WORK)):
-        i_bh, i_q, i_count, p_blocks, i_listed = _row_at(
+    for i_round in range(num_rounds(NUM_WORK)):
+        i_bh, i_q, i_count, p_blocks, i_listed = row_at(
             i_round, rows, counts, indices, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT
         )
         i_b, i_h = i_bh // H, i_bh % H
-        i_whole = _count_whole(p_blocks, i_count, i_listed, NUM_BLOCKS, full_key_blocks)
+        i_whole = count_whole(p_blocks, i_count, i_listed, NUM_BLOCKS, full_key_blocks)
         # [ROWS]
         b_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
         b_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LOGITS))
@@ -248,7 +183,7 @@ def _consume(
                 W, EARLY,
             )
         for i in range(i_whole, i_count):
-            i_block = _block_at(p_blocks, i, i_listed)
+            i_block = block_at(p_blocks, i, i_listed)
             i_keys = N_K - i_block * KEYS
             if HAS_LENGTHS:
                 i_keys = gl.minimum(i_keys, gl.load(key_lengths + i_b * NUM_BLOCKS + i_block))
@@ -260,33 +195,18 @@ def _consume(
         i_half += 2
         i_tile += i_count
 
-        # [ROWS]
-        o_q = i_q * 2 * ROWS + W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
-        m_q = o_q < N_Q
-        o_out = o_q
-        if ORDERED:
-            o_out = gl.load(output_order + o_q, mask=m_q, other=-1)
-        if WITH_LSE:
-            # A row without keys has sum 0 and maximum -inf.
-            b_lse = (b_max + gl.log2(b_sum)) * 0.6931471805599453
-            b_lse = gl.convert_layout(b_lse, gl.SliceLayout(1, OUT))
-            gl.store(lse + i_bh.to(gl.int64) * N_Q + o_q, b_lse, mask=m_q)
-        b_sum = gl.convert_layout(gl.where(b_sum == 0.0, 1.0, b_sum), gl.SliceLayout(1, OUT))
-        p_out = out + i_b.to(gl.int64) * stride_ob + i_h.to(gl.int64) * stride_oh
-        p_out += o_out.to(gl.int64) * stride_on
-        o_d = gl.arange(0, D, gl.SliceLayout(0, OUT))
-        # [ROWS, D]
-        b_out = (b_out * (1.0 / b_sum)[:, None]).to(q_ring[0].dtype)
-        gl.store(p_out[:, None] + o_d[None, :], b_out, mask=(m_q & (o_out >= 0))[:, None])
+        # A row without keys has sum 0 and maximum -inf.
+        b_lse = (b_max + gl.log2(b_sum)) * 0.6931471805599453
+        store_rows(
+            b_out, b_sum, b_lse, out, lse, output_order, i_bh, i_b, i_h, (i_q * 2 + W) * ROWS,
+            stride_ob, stride_oh, stride_on, N_Q, ORDERED, WITH_LSE,
+        )
     if W == 0:
         # Take the other's last grant: no barrier may stay half full.
         rings.await_turn(0, NUM_WORK)
 
 
-_COUNTS = ["H", "N_Q", "N_K", "NUM_WORK", "NUM_ROWS", "NUM_BLOCKS", "MAX_COUNT", "full_key_blocks"]
-
-
-@gluon.jit(do_not_specialize=_COUNTS)
+@gluon.jit(do_not_specialize=COUNTS)
 def block_sparse_kernel(
     q, k, v, out, lse, rows, counts, indices, key_lengths, output_order, scale_log2,
     stride_ob, stride_oh, stride_on,
@@ -313,9 +233,9 @@ def block_sparse_kernel(
                 scale_log2, stride_ob, stride_oh, stride_on, H, N_Q, N_K, NUM_WORK, NUM_ROWS,
                 NUM_BLOCKS, MAX_COUNT, full_key_blocks, 1, HAS_LENGTHS, ORDERED, WITH_LSE, EARLY,
             )),
-            (_produce, (
+            (produce, (
                 q, k, v, q_ring, k_ring, v_ring, rows, counts, indices, H, NUM_WORK, NUM_ROWS,
-                NUM_BLOCKS, MAX_COUNT,
+                NUM_BLOCKS, MAX_COUNT, False,
             )),
         ],
         [4, 1],
@@ -326,6 +246,15 @@ def block_sparse_kernel(
 
 def why_not(call: AttentionCall) -> str | None:
     """Reason why this kernel cannot do the call."""
+    reason = refused(call)
+    for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
+        if reason is None and not _can_describe(x):
+            return f"it needs {name}'s address and strides in multiples of 16 bytes"
+    return reason
+
+
+def refused(call: AttentionCall) -> str | None:
+    """Why not, whatever the precision of the products."""
     head_dim, block_map = call.q.shape[-1], call.block_map
     if not _is_hopper(call.q.device):
         return f"it needs a CUDA device of capability 9.0, got {capability(call.q.device)}"
@@ -337,9 +266,6 @@ def why_not(call: AttentionCall) -> str | None:
             f"it needs query blocks of 128, key blocks of 64 or 128 and head dim 64 or 128, got "
             f"{blocks[0]}, {blocks[1]} and {head_dim}"
         )
-    for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
-        if not _can_describe(x):
-            return f"it needs {name}'s address and strides in multiples of 16 bytes"
     return None
 
 

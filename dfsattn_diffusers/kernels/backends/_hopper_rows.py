@@ -1,0 +1,124 @@
+"""What the Gluon kernels for sm90 do alike with a block map's rows: find, load, multiply, store."""
+
+from __future__ import annotations
+
+from . import _hopper_rings as rings
+from ._hopper_rings import gl, gluon, warpgroup_mma
+
+# Arguments that are not worth a build of their own.
+COUNTS = ["H", "N_Q", "N_K", "NUM_WORK", "NUM_ROWS", "NUM_BLOCKS", "MAX_COUNT", "full_key_blocks"]
+
+
+@gluon.jit
+def block_at(p_blocks, i, i_listed):
+    """The row's i-th key block: listed, or i itself where nothing is."""
+    return gl.where(i < i_listed, gl.load(p_blocks + i, mask=i < i_listed, other=0), i)
+
+
+@gluon.jit
+def num_rounds(NUM_WORK):
+    """How many rows this program takes."""
+    return (NUM_WORK - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
+
+
+@gluon.jit
+def row_at(i_round, rows, counts, indices, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT):
+    """Head and query block of this program's row, its key blocks, and how many are listed."""
+    i_program, i_programs = gl.program_id(0), gl.num_programs(0)
+    # Long rows come first: dealt back and forth they add up to about as much for every program.
+    m_back = (i_round % 2 == 1) & (i_round < NUM_WORK // i_programs)
+    i_place = gl.where(m_back, i_programs - 1 - i_program, i_program)
+    i_row = gl.load(rows + i_round * i_programs + i_place)
+    i_count = gl.load(counts + i_row)
+    i_listed = gl.where(i_count == NUM_BLOCKS, 0, i_count)
+    p_blocks = indices + i_row.to(gl.int64) * MAX_COUNT
+    return i_row // NUM_ROWS, i_row % NUM_ROWS, i_count, p_blocks, i_listed
+
+
+@gluon.jit
+def count_whole(p_blocks, i_count, i_listed, NUM_BLOCKS, full_key_blocks):
+    """How many of the row's first blocks are sure to be whole, by bisection."""
+    i_low, i_high = gl.maximum(i_count - (NUM_BLOCKS - full_key_blocks), 0), i_count
+    while i_low < i_high:
+        i_middle = (i_low + i_high) // 2
+        m_whole = block_at(p_blocks, i_middle, i_listed) < full_key_blocks
+        i_low, i_high = gl.where(m_whole, i_middle + 1, i_low), gl.where(m_whole, i_high, i_middle)
+    return i_low
+
+
+@gluon.jit
+def _fetch_values(ring, i, source, i_b, i_h, i_n, TRANSPOSED: gl.constexpr):
+    if TRANSPOSED:
+        rings.fetch(ring, i, source, i_b, i_h, 0, i_n)
+    else:
+        rings.fetch(ring, i, source, i_b, i_h, i_n, 0)
+
+
+@gluon.jit
+def produce(q_source, k_source, v_source, q_ring, k_ring, v_ring, rows, counts,
+             indices, H, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, TRANSPOSED: gl.constexpr):
+    """The loading warp: each row's queries, then keys one block ahead of values.
+
+    `TRANSPOSED`: values have a column for each key.
+    """
+    ROWS: gl.constexpr = q_ring[0].shape[1]
+    KEYS: gl.constexpr = k_ring[0].shape[1]
+    i_tile, i_half = 0, 0
+    for i_round in range(num_rounds(NUM_WORK)):
+        i_bh, i_q, i_count, p_blocks, i_listed = row_at(
+            i_round, rows, counts, indices, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT
+        )
+        i_b, i_h = i_bh // H, i_bh % H
+        for W in gl.static_range(2):
+            rings.fetch(q_ring, i_half + W, q_source, i_b, i_h, (i_q * 2 + W) * ROWS, 0)
+        i_half += 2
+        i_block = block_at(p_blocks, 0, i_listed)
+        i_last = -1  # not `i_block`: the loop would not carry what starts as another name's value
+        for i in range(i_count):
+            rings.fetch(k_ring, i_tile + i, k_source, i_b, i_h, i_block * KEYS, 0)
+            # One step ahead: the index is in flight while the next step waits.
+            i_next = block_at(p_blocks, i + 1, i_listed)
+            if i > 0:
+                _fetch_values(
+                    v_ring, i_tile + i - 1, v_source, i_b, i_h, i_last * KEYS, TRANSPOSED
+                )
+            i_last, i_block = i_block, i_next
+        i_tile += i_count
+        if i_count > 0:
+            _fetch_values(v_ring, i_tile - 1, v_source, i_b, i_h, i_last * KEYS, TRANSPOSED)
+
+
+@gluon.jit
+def multiply_keys(b_q, b_k, LOGITS: gl.constexpr):
+    """Starts q times k transposed."""
+    ROWS: gl.constexpr = b_q.shape[0]
+    KEYS: gl.constexpr = b_k.shape[0]
+    b_zero = gl.zeros([ROWS, KEYS], gl.float32, LOGITS)
+    return warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def store_rows(
+    b_out, b_sum, b_lse, out, lse, output_order, i_bh, i_b, i_h, i_first,
+    stride_ob, stride_oh, stride_on, N_Q, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
+):
+    """One warpgroup's rows, from query `i_first` on, divided by their sums."""
+    OUT: gl.constexpr = b_out.type.layout
+    ROWS: gl.constexpr = b_out.shape[0]
+    D: gl.constexpr = b_out.shape[1]
+    # [ROWS]
+    o_q = i_first + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
+    m_q = o_q < N_Q
+    o_out = o_q
+    if ORDERED:
+        o_out = gl.load(output_order + o_q, mask=m_q, other=-1)
+    if WITH_LSE:
+        b_lse = gl.convert_layout(b_lse, gl.SliceLayout(1, OUT))
+        gl.store(lse + i_bh.to(gl.int64) * N_Q + o_q, b_lse, mask=m_q)
+    b_sum = gl.convert_layout(gl.where(b_sum == 0.0, 1.0, b_sum), gl.SliceLayout(1, OUT))
+    p_out = out + i_b.to(gl.int64) * stride_ob + i_h.to(gl.int64) * stride_oh
+    p_out += o_out.to(gl.int64) * stride_on
+    o_d = gl.arange(0, D, gl.SliceLayout(0, OUT))
+    # [ROWS, D]
+    b_out = (b_out * (1.0 / b_sum)[:, None]).to(out.dtype.element_ty)
+    gl.store(p_out[:, None] + o_d[None, :], b_out, mask=(m_q & (o_out >= 0))[:, None])

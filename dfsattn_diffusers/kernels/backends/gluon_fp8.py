@@ -1,0 +1,348 @@
+"""Warp-specialised Gluon kernel in e4m3 for sm90: `gluon_hopper` with 8-bit operands.
+
+Chosen by `precision="fp8"`. `quantize` says what is rounded and how; it orders the values' keys so
+that weights go from one product's registers to the other's without being moved.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..quantize import Quantized, quantize
+from . import AttentionCall
+from . import _hopper_rings as rings
+from ._hopper_bytes import as_operand, in_fours, pack, parts_layout
+from ._hopper_rings import TensorDescriptor, gl, gluon, warpgroup_mma, warpgroup_mma_wait
+from ._hopper_rows import (
+    COUNTS,
+    block_at,
+    count_whole,
+    multiply_keys,
+    num_rounds,
+    produce,
+    row_at,
+    store_rows,
+)
+from .gluon_hopper import QUERY_BLOCK, LaunchSettings, refused
+
+NAME = "gluon_fp8"
+PRECISION = "fp8"
+
+# By head dim and key block; not yet measured.
+SETTINGS = {
+    (128, 128): LaunchSettings(4, persistent=False),
+    (128, 64): LaunchSettings(8, persistent=False),
+    (64, 128): LaunchSettings(8),
+    (64, 64): LaunchSettings(8),
+}
+
+
+@gluon.jit
+def _scales_at(i_block, k_scales, v_logs, NUM_BLOCKS):
+    """Scale of a block's keys, logarithm of its values' scale; of any block beyond the last."""
+    i_block = gl.minimum(i_block, NUM_BLOCKS - 1)
+    return gl.load(k_scales + i_block), gl.load(v_logs + i_block)
+
+
+@gluon.jit
+def _raise(b_max, b_s, b_scale, b_log):
+    """The running maximum, in base 2, of logits plus the logarithm of their value block's scale."""
+    # Pairs first: a chain of maxima, each of which waits for the one before, takes twice as long.
+    b_0, b_1, b_2, b_3 = in_fours(b_s)
+    # [ROWS, 4]
+    b_peak = gl.max(gl.maximum(gl.maximum(b_0, b_1), gl.maximum(b_2, b_3)), 1)
+    # [ROWS]
+    b_peak = gl.convert_layout(gl.max(b_peak, 1), b_max.type.layout, assert_trivial=True)
+    return gl.maximum(b_max, b_peak * b_scale + b_log)
+
+
+@gluon.jit
+def _weigh(b_s, b_max, b_new, b_sum, b_scale, b_log, MASKED: gl.constexpr):
+    """One step of the online softmax, over weights times their value block's scale.
+
+    Sums are each thread's own, `[ROWS, 4]`, and added up at the end of the row.
+    """
+    PARTS: gl.constexpr = b_sum.type.layout
+    # [ROWS]
+    b_shift = gl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
+    b_decay = gl.exp2(b_max - b_shift)
+    # Weights reach 256 of e4m3's 448, a power of two that cancels against their sum.
+    # [ROWS, KEYS]
+    b_p = gl.exp2(b_s * b_scale + (b_log + 8.0 - b_shift)[:, None])
+    b_0, b_1, b_2, b_3 = in_fours(b_p)
+    # [ROWS, 4]
+    b_part = gl.convert_layout(gl.sum((b_0 + b_1) + (b_2 + b_3), 1), PARTS, assert_trivial=True)
+    b_parts = gl.convert_layout(b_decay, gl.SliceLayout(1, PARTS), assert_trivial=True)[:, None]
+    return pack(b_p), b_sum * b_parts + b_part * gl.exp2(-b_log), b_decay
+
+
+@gluon.jit
+def _multiply_values(b_p, b_v, OUT: gl.constexpr):
+    """Starts p times v, transposed in memory: a sum of its own, since products keep 14 bits."""
+    ROWS: gl.constexpr = b_p.shape[0]
+    D: gl.constexpr = b_v.shape[0]
+    b_zero = gl.zeros([ROWS, D], gl.float32, OUT)
+    return warpgroup_mma(b_p, b_v.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _add(b_out, b_decay, b_product):
+    OUT: gl.constexpr = b_out.type.layout
+    return b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, OUT))[:, None] + b_product
+
+
+@gluon.jit
+def _attend_whole(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_whole, p_blocks, i_listed,
+                  k_scales, v_logs, b_q_scale, NUM_BLOCKS, W: gl.constexpr,
+                  EARLY: gl.constexpr):
+    """A row's first `i_whole` blocks, without masks, values one step after keys."""
+    LOGITS: gl.constexpr = b_max.type.layout.parent
+    OUT: gl.constexpr = b_out.type.layout
+    b_k_scale, b_log = _scales_at(block_at(p_blocks, 0, i_listed), k_scales, v_logs, NUM_BLOCKS)
+    b_scale = b_q_scale * b_k_scale
+    b_next_scale, b_next_log = _scales_at(
+        block_at(p_blocks, 1, i_listed), k_scales, v_logs, NUM_BLOCKS
+    )
+    i_block = block_at(p_blocks, 2, i_listed)
+    b_s = multiply_keys(b_q, rings.receive(k_ring, i_tile), LOGITS)
+    # [ROWS, KEYS]
+    b_s = warpgroup_mma_wait(0, deps=[b_s])
+    rings.release(k_ring, i_tile)
+    b_new = _raise(b_max, b_s, b_scale, b_log)
+    b_packed, b_sum, b_decay = _weigh(b_s, b_max, b_new, b_sum, b_scale, b_log, False)
+    b_max, b_scale, b_log = b_new, b_q_scale * b_next_scale, b_next_log
+    if EARLY:
+        rings.receive_if(i_whole > 1, k_ring, i_tile + 1)
+
+    for i in range(1, i_whole):
+        # Scales one step ahead, and two steps the index that they wait for.
+        b_next_scale, b_next_log = _scales_at(i_block, k_scales, v_logs, NUM_BLOCKS)
+        i_block = block_at(p_blocks, i + 2, i_listed)
+        # Before any product starts, else ptxas lets none overlap.
+        b_operand = as_operand(b_packed, OUT)
+        if not EARLY:
+            rings.receive(k_ring, i_tile + i)
+        # In turns: while one warpgroup multiplies, the other takes exponentials.
+        rings.await_turn(W, i)
+        b_s = multiply_keys(b_q, rings.slot(k_ring, i_tile + i), LOGITS)
+        b_product = _multiply_values(b_operand, rings.receive(v_ring, i_tile + i - 1), OUT)
+        rings.grant_turn(1 - W, i)
+        # [ROWS, KEYS]
+        b_s = warpgroup_mma_wait(1, deps=[b_s])
+        b_new = _raise(b_max, b_s, b_scale, b_log)
+        if EARLY:
+            # ptxas does not move the wait for the product across this branch and its loop.
+            rings.receive_if(i + 1 < i_whole, k_ring, i_tile + i + 1)
+        # [ROWS, D]
+        b_product = warpgroup_mma_wait(0, deps=[b_product])
+        # Together: between a release and a wait there is a barrier of the warpgroup.
+        rings.release(k_ring, i_tile + i)
+        rings.release(v_ring, i_tile + i - 1)
+        # Between exponentials there is time for additions.
+        b_out = _add(b_out, b_decay, b_product)
+        b_packed, b_sum, b_decay = _weigh(b_s, b_max, b_new, b_sum, b_scale, b_log, False)
+        b_max, b_scale, b_log = b_new, b_q_scale * b_next_scale, b_next_log
+
+    b_operand = as_operand(b_packed, OUT)
+    b_product = _multiply_values(b_operand, rings.receive(v_ring, i_tile + i_whole - 1), OUT)
+    # [ROWS, D]
+    b_product = warpgroup_mma_wait(0, deps=[b_product])
+    rings.release(v_ring, i_tile + i_whole - 1)
+    return _add(b_out, b_decay, b_product), b_max, b_sum
+
+
+@gluon.jit
+def _attend_masked(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_keys, b_scale, b_log):
+    """One block, of which the first `i_keys` keys are real; what is behind them is 0."""
+    LOGITS: gl.constexpr = b_max.type.layout.parent
+    OUT: gl.constexpr = b_out.type.layout
+    KEYS: gl.constexpr = k_ring[0].shape[1]
+    b_s = multiply_keys(b_q, rings.receive(k_ring, i_tile), LOGITS)
+    # [ROWS, KEYS]
+    b_s = warpgroup_mma_wait(0, deps=[b_s])
+    rings.release(k_ring, i_tile)
+    m_k = gl.arange(0, KEYS, gl.SliceLayout(0, LOGITS)) < i_keys
+    b_s = gl.where(m_k[None, :], b_s, float("-inf"))
+    b_new = _raise(b_max, b_s, b_scale, b_log)
+    b_packed, b_sum, b_decay = _weigh(b_s, b_max, b_new, b_sum, b_scale, b_log, True)
+    b_operand = as_operand(b_packed, OUT)
+    b_product = _multiply_values(b_operand, rings.receive(v_ring, i_tile), OUT)
+    # [ROWS, D]
+    b_product = warpgroup_mma_wait(0, deps=[b_product])
+    rings.release(v_ring, i_tile)
+    return _add(b_out, b_decay, b_product), b_new, b_sum
+
+
+@gluon.jit
+def _consume(
+    q_ring, k_ring, v_ring, q_scales, k_scales, v_logs, mean_logits, out, lse, rows, counts,
+    indices, key_lengths, output_order, scale, stride_ob, stride_oh, stride_on,
+    H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
+    W: gl.constexpr, HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
+    EARLY: gl.constexpr,
+):
+    """One of two warpgroups: its half of each row's queries against all of the row's keys."""
+    ROWS: gl.constexpr = q_ring[0].shape[1]
+    KEYS: gl.constexpr = k_ring[0].shape[1]
+    D: gl.constexpr = k_ring[0].shape[2]
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
+    PARTS: gl.constexpr = parts_layout(KEYS)
+    i_tile, i_half = 0, W
+    if W == 1:
+        # The first turn is the other warpgroup's.
+        rings.grant_turn(0, NUM_WORK)
+    for i_round in range(num_rounds(NUM_WORK)):
+        i_bh, i_q, i_count, p_blocks, i_listed = row_at(
+            i_round, rows, counts, indices, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT
+        )
+        i_b, i_h = i_bh // H, i_bh % H
+        i_row = i_bh.to(gl.int64) * NUM_ROWS + i_q
+        i_whole = count_whole(p_blocks, i_count, i_listed, NUM_BLOCKS, full_key_blocks)
+        p_k_scales = k_scales + i_bh.to(gl.int64) * NUM_BLOCKS
+        p_v_logs = v_logs + i_bh.to(gl.int64) * NUM_BLOCKS
+        b_q_scale = gl.load(q_scales + i_row) * (scale * 1.4426950408889634)
+        # [ROWS]
+        b_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
+        # [ROWS, 4]
+        b_sum = gl.zeros([ROWS, 4], gl.float32, PARTS)
+        # [ROWS, D]
+        b_out = gl.zeros([ROWS, D], gl.float32, OUT)
+        b_q = rings.receive(q_ring, i_half)
+        # The same tile, since no count is negative. ptxas must not know: it would compute parts of
+        # the tile's descriptor for whole blocks alone, and use them where there are none as well.
+        b_q_again = rings.slot(q_ring, i_half + gl.where(i_count < 0, 1, 0))
+        if i_whole > 0:
+            b_out, b_max, b_sum = _attend_whole(
+                b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_whole, p_blocks, i_listed,
+                p_k_scales, p_v_logs, b_q_scale, NUM_BLOCKS, W, EARLY,
+            )
+        for i in range(i_whole, i_count):
+            i_block = block_at(p_blocks, i, i_listed)
+            i_keys = N_K - i_block * KEYS
+            if HAS_LENGTHS:
+                i_keys = gl.minimum(i_keys, gl.load(key_lengths + i_b * NUM_BLOCKS + i_block))
+            b_k_scale, b_log = _scales_at(i_block, p_k_scales, p_v_logs, NUM_BLOCKS)
+            b_out, b_max, b_sum = _attend_masked(
+                b_q_again, k_ring, v_ring, b_out, b_max, b_sum, i_tile + i, i_keys,
+                b_q_scale * b_k_scale, b_log,
+            )
+        rings.release(q_ring, i_half)
+        i_half += 2
+        i_tile += i_count
+
+        # [ROWS]
+        b_sum = gl.convert_layout(gl.sum(b_sum, 1), gl.SliceLayout(1, LOGITS))
+        # A row without keys has sum 0 and maximum -inf.
+        b_lse = (b_max - 8.0 + gl.log2(b_sum)) * 0.6931471805599453
+        if WITH_LSE:
+            o_q = W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LOGITS))
+            b_lse += gl.load(mean_logits + i_row * 2 * ROWS + o_q) * scale
+        store_rows(
+            b_out, b_sum, b_lse, out, lse, output_order, i_bh, i_b, i_h, (i_q * 2 + W) * ROWS,
+            stride_ob, stride_oh, stride_on, N_Q, ORDERED, WITH_LSE,
+        )
+    if W == 0:
+        # Take the other's last grant: no barrier may stay half full.
+        rings.await_turn(0, NUM_WORK)
+
+
+@gluon.jit(do_not_specialize=COUNTS)
+def block_sparse_kernel(
+    q, k, v, q_scales, k_scales, v_logs, mean_logits, out, lse, rows, counts, indices,
+    key_lengths, output_order, scale, stride_ob, stride_oh, stride_on,
+    H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
+    D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
+    EARLY: gl.constexpr,
+):
+    """Query blocks of all heads, as `rows` deals them to the programs."""
+    # A row's queries are a tile for each warpgroup; the next row's come meanwhile.
+    q_ring = rings.make_ring(q.dtype, 4, ROWS, D, 1)
+    k_ring = rings.make_ring(q.dtype, STAGES, KEYS, D, 2)
+    v_ring = rings.make_ring(q.dtype, STAGES, D, KEYS, 2)
+    rings.fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consume, (
+                q_ring, k_ring, v_ring, q_scales, k_scales, v_logs, mean_logits, out, lse,
+                rows, counts, indices, key_lengths, output_order, scale, stride_ob, stride_oh,
+                stride_on, H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
+                0, HAS_LENGTHS, ORDERED, WITH_LSE, EARLY,
+            )),
+            (_consume, (
+                q_ring, k_ring, v_ring, q_scales, k_scales, v_logs, mean_logits, out, lse,
+                rows, counts, indices, key_lengths, output_order, scale, stride_ob, stride_oh,
+                stride_on, H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
+                1, HAS_LENGTHS, ORDERED, WITH_LSE, EARLY,
+            )),
+            (produce, (
+                q, k, v, q_ring, k_ring, v_ring, rows, counts, indices, H, NUM_WORK, NUM_ROWS,
+                NUM_BLOCKS, MAX_COUNT, True,
+            )),
+        ],
+        [4, 1],
+        # Registers of the workers; the first consumer gets as many as the second.
+        [240, 24],
+    )
+
+
+def rank(call: AttentionCall) -> None:
+    """By name only, until it is measured beside `triton_fp8`."""
+
+
+def why_not(call: AttentionCall) -> str | None:
+    """Reason why this kernel cannot do the call."""
+    return refused(call)
+
+
+def settings_for(call: AttentionCall) -> LaunchSettings:
+    """The table's entry for the call's head dim and key block."""
+    return SETTINGS[call.q.shape[-1], call.block_map.key_block]
+
+
+def forward(call: AttentionCall) -> None:
+    """Quantise, then fill `call.out` and `call.lse`."""
+    launch(call, quantize_for(call), settings_for(call))
+
+
+def quantize_for(call: AttentionCall) -> Quantized:
+    """What the kernel reads."""
+    return quantize(
+        call.q, call.k, call.v, query_block=call.block_map.query_block,
+        key_block=call.block_map.key_block, key_lengths=call.key_lengths, interleaved=True,
+    )
+
+
+def launch(call: AttentionCall, x: Quantized, settings: LaunchSettings) -> None:
+    """Run the kernel on what `quantize_for` made; benchmarks pass settings of their own."""
+    block_map, key_lengths, order = call.block_map, call.key_lengths, call.output_order
+    batch, heads, num_queries, head_dim = call.q.shape
+    num_rows, key_block = block_map.counts.shape[-1], block_map.key_block
+    num_work = batch * heads * num_rows
+    device = torch.cuda.get_device_properties(call.q.device)
+    programs = min(num_work, device.multi_processor_count) if settings.persistent else num_work
+    with torch.cuda.device_of(call.q):
+        block_sparse_kernel[programs,](
+            _describe(x.q, QUERY_BLOCK // 2, head_dim), _describe(x.k, key_block, head_dim),
+            _describe(x.v, head_dim, key_block),
+            x.q_scales, x.k_scales, x.v_scales.log2(), x.mean_logits, call.out, call.lse,
+            block_map.by_count, block_map.counts.contiguous(), block_map.indices.contiguous(),
+            None if key_lengths is None else key_lengths.contiguous(),
+            None if order is None else order.contiguous(),
+            call.scale, *call.out.stride()[:3],
+            heads, num_queries, call.k.shape[2], num_work, num_rows, block_map.num_key_blocks,
+            block_map.indices.shape[-1], call.full_key_blocks,
+            D=head_dim, ROWS=QUERY_BLOCK // 2, KEYS=key_block, STAGES=settings.num_stages,
+            HAS_LENGTHS=key_lengths is not None, ORDERED=order is not None,
+            WITH_LSE=call.lse is not None, EARLY=settings.early,
+            # 12 warps with the other partitions': 65536 / 384 registers, in multiples of 8.
+            num_warps=4, maxnreg=168, enable_fp_fusion=True,
+        )
+
+
+def _describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    tile = [1, 1, rows, columns]
+    layout = gl.NVMMASharedLayout.get_default_for(tile, gl.float8e4nv)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), tile, layout)

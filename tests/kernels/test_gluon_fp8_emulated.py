@@ -1,0 +1,85 @@
+"""The Gluon kernel in 8 bits on a CPU: its algorithm, and the order of its values' keys.
+
+Layouts, registers and the copy engine's own rules are for the GPU to show.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from gluon_emulator import emulated
+from kernel_cases import NASTY, problem, segments, some_full_rows
+from test_gluon_emulated import BACKENDS, MODULES
+from test_triton_fp8 import check_fp8
+
+from dfsattn_diffusers.kernels import api
+
+OURS = tuple(f"{BACKENDS}.{name}" for name in ("_hopper_bytes", "gluon_fp8"))
+
+
+@pytest.fixture(params=range(2), ids="seed{}".format)
+def backend(request, monkeypatch):
+    """The backend on a GPU of three multiprocessors."""
+    properties = SimpleNamespace(multi_processor_count=3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    real = api.load_backend
+    with emulated(*MODULES, *OURS, seed=request.param) as module:
+        monkeypatch.setattr(sys.modules[MODULES[-1]], "_is_hopper", lambda device: True)
+        monkeypatch.setattr(
+            api, "load_backend", lambda name: module if name == "gluon_fp8" else real(name)
+        )
+        yield module
+
+
+def check(p):
+    check_fp8(p, "gluon_fp8")
+
+
+@pytest.mark.parametrize("head_dim, key_block", [(64, 64), (64, 128), (128, 64), (128, 128)])
+def test_random_maps(backend, head_dim, key_block):
+    check(
+        problem(
+            dtype=torch.float16, num_queries=700, num_keys=900, head_dim=head_dim,
+            key_block=key_block,
+        )
+    )
+
+
+@pytest.mark.parametrize("change", NASTY, ids=lambda change: change.__name__)
+def test_nasty_problems(backend, change):
+    check(change(problem(dtype=torch.float16, num_queries=400)))
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize("change", [segments, some_full_rows], ids=lambda change: change.__name__)
+def test_every_way_to_launch(backend, monkeypatch, persistent, early, num_stages, change):
+    settings = backend.LaunchSettings(num_stages, persistent, early)
+    monkeypatch.setattr(backend, "settings_for", lambda call: settings)
+    p = change(problem(dtype=torch.float16, num_queries=650, density=0.4))
+    p.mask[:, 0, 1] = False
+    check(p)
+
+
+def test_value_blocks_of_other_sizes(backend):
+    """Each value block has a scale of its own, which the weights carry."""
+    p = problem(dtype=torch.float16, num_queries=300, density=1.0, seed=4)
+    p.v[:, :, :128] *= 1000
+    p.v[:, :, 128:256] = 0
+    p.v[:, :, 256:] /= 1000
+    check(p)
+
+
+def test_output_order(backend):
+    p = problem(dtype=torch.float16, num_queries=300)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0)).int()
+    order[7], order[250] = -1, -1
+    plain = p.run("gluon_fp8", precision="fp8")
+    out = torch.full_like(p.q, 7.0)
+    p.run("gluon_fp8", precision="fp8", output_order=order, out=out)
+    kept = order >= 0
+    assert torch.equal(out[:, :, order[kept].long()], plain[:, :, kept])
+    missing = sorted(set(range(300)) - set(order[kept].tolist()))
+    assert len(missing) == 2 and (out[:, :, missing] == 7).all()

@@ -1,0 +1,125 @@
+"""The Gluon kernel in 8 bits: it fits sm90, moves no weights, and is right however launched."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from compiling import SHARED_MEMORY, built_by, compile_gluon
+from kernel_cases import (
+    NASTY,
+    ON_CUDA,
+    check_large_offsets,
+    problem,
+    segments,
+    some_full_rows,
+)
+from test_triton_fp8 import check_fp8
+
+from dfsattn_diffusers.kernels.backends import load_backend
+
+backend = load_backend("gluon_fp8")
+if not hasattr(backend, "SETTINGS"):
+    pytest.skip(backend.why_not(None), allow_module_level=True)
+
+
+# Head dim, key block, whether lengths, an order and the log-sum-exp are asked for, other settings.
+BUILDS = [
+    (128, 128, False, dict()),
+    (128, 128, False, dict(early=False)),
+    (128, 128, True, dict()),
+    (128, 64, True, dict()),
+    (64, 128, True, dict()),
+    (64, 64, False, dict()),
+]
+GPU = [pytest.param("cuda", marks=ON_CUDA)]
+
+
+def test_is_chosen_by_name_only():
+    p = problem(dtype=torch.float16, num_queries=1)
+    with pytest.raises(ValueError, match="needs a CUDA device of capability 9.0, got cpu"):
+        p.run("gluon_fp8", precision="fp8")
+
+
+@pytest.mark.parametrize("change", NASTY)
+@pytest.mark.parametrize("device", GPU)
+def test_nasty(device, change):
+    check_fp8(change(problem(device, torch.bfloat16, num_queries=300, seed=1)), "gluon_fp8")
+
+
+@pytest.mark.parametrize("change", [segments, some_full_rows])
+@pytest.mark.parametrize("head_dim, key_block", backend.SETTINGS)
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("changes", [dict(), dict(num_stages=2, early=False)], ids=str)
+@pytest.mark.parametrize("device", GPU)
+def test_every_way_to_launch(
+    monkeypatch, device, changes, persistent, head_dim, key_block, change
+):
+    """More rows than the GPU has multiprocessors, so that a program takes several."""
+    settings = backend.SETTINGS[head_dim, key_block]
+    settings = dataclasses.replace(settings, persistent=persistent, **changes)
+    monkeypatch.setattr(backend, "settings_for", lambda call: settings)
+    p = change(
+        problem(
+            device, torch.bfloat16, num_queries=4500, head_dim=head_dim, heads=5,
+            key_block=key_block, density=0.2,
+        )
+    )
+    p.mask[:, 0, 3:9] = False
+    check_fp8(p, "gluon_fp8")
+
+
+@pytest.mark.parametrize("device", GPU)
+def test_offsets_beyond_32_bits(device):
+    """The last head starts beyond element 2 ** 31, in 8 bits too."""
+    check_large_offsets(device, "gluon_fp8", precision="fp8")
+
+
+def test_fits_the_gpu():
+    """Compiled here for sm90: within its shared memory, no spills in the loops, no waits."""
+    builds = built_by(__file__)
+    assert len(builds) == len(BUILDS)
+    for (head_dim, key_block, *_), build in zip(BUILDS, builds):
+        assert build["shared"] <= SHARED_MEMORY[90], build
+        # Addresses, stored once and loaded outside the main loop.
+        assert build["spilled"] <= (64 if head_dim == key_block == 128 else 0), build
+        # Else the request for more registers was dropped in silence.
+        assert {24, 240} <= set(build["budgets"]), build
+        assert not build["serialized"], build
+        for product in build["products"]:
+            assert product.endswith("k32.f32.e4m3.e4m3"), build
+        # Of both warpgroups: the first keys, the loop, the last values, and a masked block.
+        keys, values = 3 * head_dim // 32, 3 * key_block // 32
+        assert (build["count"], build["from_registers"]) == (2 * (keys + values), 2 * values), build
+
+
+def compile_for_hopper(head_dim, key_block, everything, changes):
+    """Compile the kernel without a GPU and ask ptxas what it takes."""
+    kernel = backend.block_sparse_kernel
+    settings = dataclasses.replace(backend.SETTINGS[head_dim, key_block], **changes)
+    x = torch.zeros(1, 1, 256, head_dim, dtype=torch.float8_e4m3fn)
+    ints, floats = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
+    values = dict(
+        q=backend._describe(x, 64, head_dim), k=backend._describe(x, key_block, head_dim),
+        v=backend._describe(x.transpose(2, 3).contiguous(), head_dim, key_block),
+        out=x.bfloat16(), rows=ints, counts=ints, indices=ints, scale=0.1, mean_logits=floats,
+        q_scales=floats, k_scales=floats, v_logs=floats,
+        lse=floats if everything else None, key_lengths=ints if everything else None,
+        output_order=ints if everything else None,
+    )
+    constants = dict(
+        D=head_dim, ROWS=64, KEYS=key_block, STAGES=settings.num_stages, EARLY=settings.early,
+        HAS_LENGTHS=everything, ORDERED=everything, WITH_LSE=everything,
+    )
+    report, ptx = compile_gluon(kernel, values, constants)
+    products = re.findall(r"(wgmma\.mma_async\S+)\s+\{[^}]*\},\s*(\S)", ptx)
+    return report | dict(
+        products=sorted({name for name, _ in products}),
+        count=len(products),
+        from_registers=sum(operand == "{" for _, operand in products),
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps([compile_for_hopper(*build) for build in BUILDS]))

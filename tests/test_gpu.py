@@ -107,7 +107,9 @@ def test_no_sync_in_the_step_loop(family, config, way):
     disable_dfsattn(pipe)
     # What a new token layout costs once per run must not grow with the steps.
     assert ours[12] - ours[4] == stock[12] - stock[4]
-    assert ours[4] - stock[4] <= 4 * len(transformers(pipe))
+    # HunyuanVideo's two prompts have masks, of which each is read once.
+    masks = 2 if family == "hunyuan_video" else 0
+    assert ours[4] - stock[4] <= 4 * len(transformers(pipe)) + masks
 
 
 def test_cpu_offload_before_and_after(family):

@@ -10,9 +10,8 @@ from .config import DFSAttnConfig
 
 DEFAULT_PRESET = "balanced"
 
-# Below about 4,000 tokens dense attention is too short for sparsity to pay. PSNR to the dense tiny
-# Wan (4,352 tokens, 16 steps, mean of two captions): paper 21.9 dB, fast 23.5, balanced 27.2; the
-# ratios of balanced without a tail, ranked by mass, 24.0.
+# Below about 4,000 tokens dense attention is too short for sparsity to pay. docs/fidelity.md has what
+# each is worth.
 _BEYOND: dict[str, Any] = dict(
     tail="mean", tail_pool=32, budget="layer", selection="error", min_tokens=4096
 )

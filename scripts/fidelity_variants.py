@@ -37,61 +37,63 @@ def _few(steps, **changes):
     return Variant("paper", one | changes, steps=steps, reference=f"paper, {steps} steps")
 
 
-_MOMENT = dict(tail="moment", budget="layer")
-_ERROR = dict(_MOMENT, selection="error")
-_MEAN = dict(_ERROR, tail="mean")
-_BEST = dict(_ERROR, tail_pool=32, key_block=64)
+_MEAN = dict(tail="mean", tail_pool=32, budget="layer", selection="error")
+_MOMENT = dict(_MEAN, tail="moment")
+_BEST = dict(_MEAN, key_block=64)
 
 # In order of importance: a run that is cut has done the first ones.
 VARIANTS = {
     "dense, other kernel": Variant(preset=None),
     "paper": _ours(),
-    # Towards more than the paper, one step at a time.
-    "tail by means of 128": _ours(tail="mean", tail_pool=128),
-    "tail by means of 16": _ours(tail="mean", tail_pool=16),
-    "tail by means of 32, layer budget, error": _ours(**_MEAN, tail_pool=32),
-    "tail by means of 32, layer budget, error, 128 x 64": _ours(
-        **_MEAN, tail_pool=32, key_block=64
-    ),
-    "tail by moments of 128, layer budget": _ours(**_MOMENT, tail_pool=128),
-    "tail by moments of 64, layer budget, error": _ours(**_ERROR, tail_pool=64),
-    "tail by moments of 64, layer budget, error, 128 x 64": _ours(
-        **_ERROR, tail_pool=64, key_block=64
-    ),
-    "tail by moments of 64, layer budget, error, 64 x 64": _ours(
-        **_ERROR, tail_pool=64, key_block=64, query_block=64
-    ),
-    "tail by moments of 16, layer budget": _ours(**_MOMENT, tail_pool=16),
-    "tail by moments of 32, layer budget, error, 128 x 64": _ours(**_BEST),
-    "tail by moments of 32, dense 6 %, keep 0.2 to 0.05": _ours(
-        **_BEST, dense_fraction=0.06, keep_ratios=(0.2, 0.15, 0.1, 0.05)
-    ),
-    "tail by moments of 32, one dense step, keep 0.15": _ours(
-        **_BEST, dense_fraction=0.02, keep_ratios=(0.15,), refreshes=4
-    ),
-    "paper, 2 x as many maps": _ours(**_often(2)),
-    "paper, 4 x as many maps": _ours(**_often(4)),
-    "paper, new maps in every step": _ours(**_often(12)),
-    "tail by means of 32, layer budget, error, 128 x 64, 4 x as many maps": _ours(
-        **_MEAN, tail_pool=32, key_block=64, **_often(4)
-    ),
-    # Few-step runs, one dense step.
-    "paper, 8 steps": _few(8),
-    "ours, 8 steps": _few(8, **_BEST),
-    "paper, 4 steps": _few(4),
-    "ours, 4 steps": _few(4, **_BEST),
     # The presets as they are.
     "preset quality": _ours("quality", min_tokens=0),
     "preset balanced": _ours("balanced", min_tokens=0),
     "preset fast": _ours("fast", min_tokens=0),
     "preset turbo": _ours("turbo", min_tokens=0),
+    # Towards more than the paper, one step at a time.
+    "means of 128": _ours(tail="mean", tail_pool=128),
+    "means of 16": _ours(tail="mean", tail_pool=16),
+    "means of 32": _ours(tail="mean", tail_pool=32),
+    "means of 32, layer budget": _ours(tail="mean", tail_pool=32, budget="layer"),
+    "means of 32, layer budget, error": _ours(**_MEAN),
+    "means of 32, layer budget, error, 128 x 64": _ours(**_BEST),
+    "means of 32, layer budget, error, 64 x 64": _ours(**_BEST, query_block=64),
+    "moments of 32, layer budget, error, 128 x 64": _ours(**_MOMENT, key_block=64),
+    "moments of 128, layer budget, error": _ours(**_MOMENT | dict(tail_pool=128)),
+    # Maps that follow the video more closely.
+    "paper, 2 x as many maps": _ours(**_often(2)),
+    "paper, 4 x as many maps": _ours(**_often(4)),
+    "paper, new maps in every step": _ours(**_often(12)),
+    "best, 4 x as many maps": _ours(**_BEST, **_often(4)),
+    "best, new maps in every step": _ours(**_BEST, **_often(12)),
+    # The same cost spent elsewhere.
+    "best, the same ratio throughout": _ours(**_BEST, keep_ratios=(0.2,), refreshes=3),
+    "best, steeper ratios": _ours(**_BEST, keep_ratios=(0.4, 0.15, 0.05)),
+    "best, dense 12 %, keep 0.4 to 0.2": _ours(
+        **_BEST, dense_fraction=0.12, keep_ratios=(0.4, 0.3, 0.2)
+    ),
+    "best, dense 18 %, keep 0.35 to 0.15": _ours(
+        **_BEST, dense_fraction=0.18, keep_ratios=(0.35, 0.25, 0.15)
+    ),
+    "best, tiles of 8": _ours(**_BEST, tile_size=8),
+    "best, raster order": _ours(**_BEST, order="raster"),
+    "best, curve in each frame": _ours(**_BEST, order="hilbert2d"),
+    "best, boxes": _ours(**_BEST, order="cuboid"),
+    "best, dense 6 %, keep 0.2 to 0.05": _ours(
+        **_BEST, dense_fraction=0.06, keep_ratios=(0.2, 0.15, 0.1, 0.05)
+    ),
+    # Few-step runs, one dense step.
+    "paper, 8 steps": _few(8),
+    "best, 8 steps": _few(8, **_BEST),
+    "paper, 4 steps": _few(4),
+    "best, 4 steps": _few(4, **_BEST),
     # Other papers' rules, at the paper's cost.
     "raster blocks": Variant(rival="raster blocks"),
     "sliding window (STA)": Variant(rival="sliding window (STA)"),
     "radial decay (Radial)": Variant(rival="radial decay (Radial)"),
     "cumulative mass (SpargeAttn)": Variant(rival="cumulative mass (SpargeAttn)"),
-    "clusters (SVG2)": Variant(rival="clusters (SVG2)"),
     "piecewise (PISA)": Variant(rival="piecewise (PISA)"),
+    "clusters (SVG2)": Variant(rival="clusters (SVG2)"),
     # One choice at a time.
     "paper, head budget": _ours(budget="head"),
     "paper, layer budget": _ours(budget="layer"),
@@ -101,9 +103,4 @@ VARIANTS = {
     "paper, boxes": _ours(order="cuboid"),
     "paper, dense 6 %": _ours(dense_fraction=0.06),
     "paper, dense 12 %": _ours(dense_fraction=0.12),
-    "tail by means of 32, layer budget": _ours(tail="mean", tail_pool=32, budget="layer"),
-    "tail by means of 64, layer budget": _ours(tail="mean", tail_pool=64, budget="layer"),
-    "tail by moments of 32, layer budget": _ours(**_MOMENT, tail_pool=32),
-    "tail by moments of 32, row budget": _ours(tail="moment", tail_pool=32),
-    "tail by moments of 32, layer budget, error": _ours(**_ERROR, tail_pool=32),
 }

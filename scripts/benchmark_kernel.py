@@ -41,14 +41,22 @@ class Problem:
     block_map: BlockMap
 
     @classmethod
-    def random(cls, heads, tokens, head_dim, density, dtype):
+    def random(cls, heads, tokens, head_dim, density, dtype, kind="even"):
         num_blocks = -(-tokens // BLOCK)
-        count = max(1, round(density * num_blocks))
         qkv = (torch.randn(1, heads, tokens, head_dim, device="cuda", dtype=dtype) for _ in "qkv")
         scores = torch.rand(1, heads, num_blocks, num_blocks, device="cuda")
+        if kind == "even":
+            count = max(1, round(density * num_blocks))
+        else:
+            scores = scores ** _thrift(heads, num_blocks)
+            count = num_blocks
         scores.diagonal(dim1=2, dim2=3).fill_(2)
-        kept = scores.topk(count, sorted=False).indices
-        mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, kept, True)
+        if kind == "even":
+            kept = scores.topk(count, sorted=False).indices
+            mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, kept, True)
+        else:
+            mask = scores >= _top_share(scores, density)
+            mask[:, :, -2:] = True
         block_map = BlockMap.from_mask(mask, query_block=BLOCK, key_block=BLOCK, max_count=count)
         return cls(*qkv, mask, block_map)
 
@@ -68,6 +76,19 @@ class Problem:
         mask = self.mask[0, head, row].repeat_interleave(BLOCK)[: len(k)]
         logits = (q @ k.T * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
         return logits.softmax(-1) @ v
+
+
+def _thrift(heads, rows):
+    """Exponents that make some heads and rows keep many times as much as others."""
+    by_row = torch.rand(1, heads, rows, 1, device="cuda").square()
+    by_head = torch.rand(1, heads, 1, 1, device="cuda")
+    return 1 / (by_row * by_head + 0.03)
+
+
+def _top_share(scores, share):
+    """The score that about this share of a sample reaches."""
+    sample = scores.flatten()[torch.randint(scores.numel(), (2**22,), device=scores.device)]
+    return sample.quantile(1 - share)
 
 
 def check(name, problem, out, rows, exact_dtype):
@@ -165,9 +186,10 @@ def flex_kernel(problem, **options):
     )
 
 
-def benchmark(shape, density, args):
+def benchmark(shape, density, kind, args):
     """Rows of the table for one shape."""
-    problem = Problem.random(*SHAPES[shape], density, args.dtype)
+    problem = Problem.random(*SHAPES[shape], density, args.dtype, kind)
+    density = problem.mask.float().mean().item()
     rows = []
 
     def measure(name, prepare, dense=False):
@@ -187,8 +209,8 @@ def benchmark(shape, density, args):
         ms = milliseconds(function, args.iters)
         tflops = problem.flops(dense) / ms / 1e9
         kept = 1.0 if dense else density
-        rows.append(dict(shape=shape, density=kept, kernel=name, ms=ms, tflops=tflops))
-        print(f"| {shape} | {kept:g} | {name} | {ms:.2f} | {tflops:.0f} |", flush=True)
+        rows.append(dict(shape=shape, maps=kind, density=kept, kernel=name, ms=ms, tflops=tflops))
+        print(f"| {shape} | {kind} | {kept:.2g} | {name} | {ms:.2f} | {tflops:.0f} |", flush=True)
 
     with torch.no_grad():
         measure("dense cuDNN (SDPA)", dense_kernel, dense=True)
@@ -222,6 +244,8 @@ def main(argv=None):
     add = parser.add_argument
     add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="what to time")
     add("--densities", nargs="+", type=float, default=[0.2], help="kept share of the key blocks")
+    add("--maps", nargs="+", choices=["even", "uneven"], default=["even"],
+        help="rows that keep the same number of blocks, or very different numbers")
     add("--iters", type=int, default=10, help="timed runs, after 3 for warm-up")
     add("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of q, k and v")
     add("--no-flex", dest="flex", action="store_false", help="leave out FlexAttention")
@@ -248,11 +272,10 @@ def main(argv=None):
         shapes={name: SHAPES[name] for name in args.shapes},
     )
     print(", ".join(f"{key} {record[key]}" for key in ("gpu", "torch", "triton", "dtype", "date")))
-    print("\n| shape | density | kernel | ms | TFLOP/s of kept work |\n|---|---|---|---|---|")
+    print("\n| shape | maps | density | kernel | ms | TFLOP/s of kept work |\n" + "|---" * 6 + "|")
     rows = []
-    for density in args.densities:
-        for shape in args.shapes:
-            rows += benchmark(shape, density, args)
+    for density, shape, kind in product(args.densities, args.shapes, args.maps):
+        rows += benchmark(shape, density, kind, args)
     if args.output:
         write_json(args.output, record | {"rows": rows})
 

@@ -74,7 +74,7 @@ def kernel_table(data):
     rows = [
         [
             " x ".join(f"{size:,}" for size in data["shapes"][row["shape"]]),
-            f"{row['density']:g}",
+            f"{row['density']:.2g}" + (", uneven" if row.get("maps") == "uneven" else ""),
             row["kernel"],
             f"{row['ms']:.1f}",
             f"{row['tflops']:.0f}",

@@ -10,8 +10,7 @@ from .config import DFSAttnConfig
 
 DEFAULT_PRESET = "balanced"
 
-# Below about 4,000 tokens dense attention is too short for sparsity to pay. docs/fidelity.md has what
-# each is worth.
+# Below about 4,000 tokens dense attention is too short for sparsity to pay.
 _BEYOND: dict[str, Any] = dict(
     tail="mean", tail_pool=32, budget="layer", selection="error", min_tokens=4096
 )

@@ -77,8 +77,8 @@ def main(argv=None):
     if args.smoke:
         sizes, steps = ((16, 24),), 2
         plan = [(stage, sizes, 16 * 24, *rest) for stage, _, _, *rest in plan]
-    for stage, grids, pixels, seconds, *rest in plan:
-        if not seconds:
+    for share, (stage, grids, pixels, seconds, *rest) in zip(shares, plan, strict=True):
+        if not share:
             continue
         trainer.train(stage, grids, pixels, seconds, *rest)
         save_witness(trainer.averaged, family.scheduler(), args.output)

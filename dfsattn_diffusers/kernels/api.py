@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -97,8 +97,12 @@ def block_sparse_attention(
         raise ValueError(
             f"backend {backend!r} cannot do this call: {reason}; or pass backend='auto'"
         )
+    left = tail is not None and not getattr(module, "takes_tail", lambda call: False)(call)
+    if left and call.lse is None:
+        # Whoever adds the tail must know the weight of what is kept.
+        call = replace(call, lse=_empty_lse(q))
     module.forward(call)
-    if tail is not None:
+    if left:
         add_tail(call, tail)
     return (call.out, call.lse) if return_lse else call.out
 
@@ -190,12 +194,14 @@ def _checked_call(
         if out is None:
             raise ValueError("output_order needs out, the tensor that it points into, got None")
     out = _check_out(q, out, ordered=output_order is not None)
-    # Whoever adds the tail must know the weight of what is kept.
-    with_lse = return_lse or tail is not None
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if with_lse else None
+    lse = _empty_lse(q) if return_lse else None
     return AttentionCall(
-        q, k, v, block_map, scale, key_lengths, full_key_blocks, output_order, out, lse
+        q, k, v, block_map, scale, key_lengths, full_key_blocks, output_order, out, lse, tail
     )
+
+
+def _empty_lse(q: Tensor) -> Tensor:
+    return torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -10,12 +10,14 @@ import pytest
 import torch
 from gluon_emulator import Deadlock, emulated
 from kernel_cases import NASTY, check, problem, segments, some_full_rows
+from test_tail import check as check_tail
 
 from dfsattn_diffusers.kernels import api
 
 pytest.importorskip("triton")
 BACKENDS = "dfsattn_diffusers.kernels.backends"
-MODULES = tuple(f"{BACKENDS}.{name}" for name in ("_hopper_rings", "_hopper_rows", "gluon_hopper"))
+_NAMES = ("_hopper_rings", "_hopper_tail", "_hopper_rows", "gluon_hopper")
+MODULES = tuple(f"{BACKENDS}.{name}" for name in _NAMES)
 
 
 @pytest.fixture(params=range(2), ids="seed{}".format)
@@ -55,6 +57,58 @@ def test_every_way_to_launch(backend, monkeypatch, persistent, early, num_stages
     p = change(problem(dtype=torch.float16, num_queries=650, density=0.4))
     p.mask[:, 0, 1] = False
     check(p, "gluon_hopper")
+
+
+@pytest.fixture
+def own_tail(backend, monkeypatch):
+    """No second pass may add the tail."""
+
+    def refuse(call, tail):
+        raise AssertionError("the kernel left the tail to add_tail")
+
+    monkeypatch.setattr(api, "add_tail", refuse)
+    return backend
+
+
+@pytest.mark.parametrize(
+    "pool, head_dim, key_block, num_keys",
+    [(8, 64, 128, 900), (16, 128, 64, 700), (32, 128, 128, 6200), (32, 64, 64, 4200),
+     (64, 64, 64, 4900), (64, 128, 128, 900)],
+)  # fmt: skip
+def test_tail_of_random_maps(own_tail, pool, head_dim, key_block, num_keys):
+    p = problem(
+        dtype=torch.float16, num_queries=300, num_keys=num_keys, head_dim=head_dim,
+        key_block=key_block, density=0.3, heads=1,
+    )  # fmt: skip
+    check_tail(p, pool, False, "gluon_hopper")
+
+
+@pytest.mark.parametrize("change", NASTY, ids=lambda change: change.__name__)
+def test_tail_of_nasty_problems(own_tail, change):
+    p = change(problem(dtype=torch.bfloat16, num_queries=400))
+    check_tail(p, 32, False, "gluon_hopper")
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize("change", [segments, some_full_rows], ids=lambda change: change.__name__)
+def test_tail_in_every_way_to_launch(
+    own_tail, monkeypatch, persistent, early, num_stages, change
+):
+    settings = own_tail.LaunchSettings(num_stages, persistent, early)
+    monkeypatch.setattr(own_tail, "settings_for", lambda call: settings)
+    p = change(
+        problem(dtype=torch.float16, num_queries=300, num_keys=1300, heads=1, density=0.4)
+    )
+    p.mask[:, 0, 1] = False
+    check_tail(p, 8, False, "gluon_hopper")
+
+
+@pytest.mark.parametrize("pool, moment", [(32, True), (128, False)])
+def test_tail_left_to_a_second_pass(backend, pool, moment):
+    p = problem(dtype=torch.float16, num_queries=300)
+    check_tail(p, pool, moment, "gluon_hopper")
 
 
 def test_output_order(backend):

@@ -6,7 +6,9 @@ A backend module has
     rank(call) -> int | None: of those that can do the call, "auto" takes the highest, as measured;
         None where it is to be had by name only;
     why_not(call) -> str | None: the reason why it cannot do this call;
-    forward(call): fills `call.out` and, where it is not None, `call.lse`.
+    forward(call): fills `call.out` and, where it is not None, `call.lse`;
+    takes_tail(call) -> bool: whether `forward` also lets `call.tail` join in, as `add_tail` would;
+        it does not where the module says nothing. Then `add_tail` follows and needs `call.lse`.
 Modules whose names begin with an underscore are helpers.
 """
 
@@ -18,11 +20,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..block_map import BlockMap
+
+if TYPE_CHECKING:
+    from ..tail import Tail
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class AttentionCall:
         output_order: `[Nq]` int32 or None, the row of `out` for each query; -1 drops it.
         out: `[B, H, M, D]`, to be written.
         lse: `[B, H, Nq]` float32 or None, to be written.
+        tail: Pools for the blocks that rows do not keep, or None.
     """
 
     q: Tensor
@@ -49,6 +56,7 @@ class AttentionCall:
     output_order: Tensor | None
     out: Tensor
     lse: Tensor | None
+    tail: Tail | None = None
 
 
 def capability(device: torch.device) -> str:

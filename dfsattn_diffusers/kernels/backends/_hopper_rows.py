@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import _hopper_rings as rings
+from . import _hopper_tail as tails
 from ._hopper_rings import gl, gluon, warpgroup_mma
 
 # Arguments that are not worth a build of their own.
@@ -56,10 +57,11 @@ def _fetch_values(ring, i, source, i_b, i_h, i_n, TRANSPOSED: gl.constexpr):
 
 @gluon.jit
 def produce(q_source, k_source, v_source, q_ring, k_ring, v_ring, rows, counts,
-             indices, H, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, TRANSPOSED: gl.constexpr):
-    """The loading warp: each row's queries, then keys one block ahead of values.
+            indices, H, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, TRANSPOSED: gl.constexpr,
+            pool_keys=None, pool_values=None, POOL: gl.constexpr = 0):
+    """The loading warp: each row's queries, then keys one block ahead of values, then pools.
 
-    `TRANSPOSED`: values have a column for each key.
+    `TRANSPOSED`: values have a column for each key. `POOL`: keys of a pool, 0 without a tail.
     """
     ROWS: gl.constexpr = q_ring[0].shape[1]
     KEYS: gl.constexpr = k_ring[0].shape[1]
@@ -86,6 +88,10 @@ def produce(q_source, k_source, v_source, q_ring, k_ring, v_ring, rows, counts,
         i_tile += i_count
         if i_count > 0:
             _fetch_values(v_ring, i_tile - 1, v_source, i_b, i_h, i_last * KEYS, TRANSPOSED)
+        if POOL > 0:
+            i_end = i_tile + tails.num_tiles(i_count, NUM_BLOCKS, POOL)
+            tails.fetch_pools(k_ring, v_ring, i_tile, i_end, pool_keys, pool_values, i_b, i_h)
+            i_tile = i_end
 
 
 @gluon.jit

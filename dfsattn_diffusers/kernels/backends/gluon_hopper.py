@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import AttentionCall, capability
 from . import _hopper_rings as rings
+from . import _hopper_tail as tails
 from ._hopper_rings import TensorDescriptor, gl, gluon, warpgroup_mma, warpgroup_mma_wait
 from ._hopper_rows import (
     COUNTS,
@@ -72,9 +73,13 @@ def _as_operand(b_p, DTYPE: gl.constexpr, OUT: gl.constexpr):
 
 
 @gluon.jit
-def _attend_whole(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_end, scale_log2,
-                  W: gl.constexpr, EARLY: gl.constexpr):
-    """Blocks `i_tile` to `i_end` of the rings, without masks, values one step after keys."""
+def _attend(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_end, scale_log2,
+            p_bits, p_log_counts, NUM_BLOCKS, full_key_blocks,
+            W: gl.constexpr, EARLY: gl.constexpr, POOL: gl.constexpr):
+    """Tiles `i_tile` to `i_end` of the rings, values one step after keys.
+
+    They are whole key blocks or, where `POOL` is not 0, a row's tiles of pools.
+    """
     LOGITS: gl.constexpr = b_max.type.layout.parent
     OUT: gl.constexpr = b_out.type.layout
     DTYPE: gl.constexpr = b_q.dtype
@@ -82,8 +87,17 @@ def _attend_whole(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_end, scale
     # [ROWS, KEYS]
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     rings.release(k_ring, i_tile)
-    b_p, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, False)
+    if POOL > 0:
+        i_full = full_key_blocks // POOL
+        i_bits = tails.kept_bits(p_bits, 0, NUM_BLOCKS, POOL)
+        b_s = tails.hide_kept(b_s, i_bits, POOL)
+        if i_full == 0:
+            b_s = tails.weigh_short(b_s, p_log_counts, 0, NUM_BLOCKS, scale_log2, POOL)
+    b_p, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, POOL > 0)
     b_p = _as_operand(b_p, DTYPE, OUT)
+    if POOL > 0:
+        # Pools come after blocks.
+        b_out = b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, OUT))[:, None]
     if EARLY:
         rings.receive_if(i_tile + 1 < i_end, k_ring, i_tile + 1)
 
@@ -95,10 +109,19 @@ def _attend_whole(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_end, scale
         b_s = multiply_keys(b_q, rings.slot(k_ring, i), LOGITS)
         b_out = warpgroup_mma(b_p, rings.receive(v_ring, i - 1), b_out, is_async=True)
         rings.grant_turn(1 - W, i)
+        if POOL > 0:
+            # In flight while the products run.
+            i_bits = tails.kept_bits(p_bits, i - i_tile, NUM_BLOCKS, POOL)
         # [ROWS, KEYS]
         b_s = warpgroup_mma_wait(1, deps=[b_s])
         rings.release(k_ring, i)
-        b_next, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, False)
+        if POOL > 0:
+            b_s = tails.hide_kept(b_s, i_bits, POOL)
+            if i - i_tile >= i_full:
+                b_s = tails.weigh_short(
+                    b_s, p_log_counts, i - i_tile, NUM_BLOCKS, scale_log2, POOL
+                )
+        b_next, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, POOL > 0)
         b_next = _as_operand(b_next, DTYPE, OUT)
         if EARLY:
             # ptxas does not move the wait for the product across this branch and its loop.
@@ -146,13 +169,13 @@ def _attend_masked(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_keys, sca
 
 @gluon.jit
 def _consume(
-    q_ring, k_ring, v_ring, out, lse, rows, counts, indices, key_lengths, output_order, scale_log2,
-    stride_ob, stride_oh, stride_on,
+    q_ring, k_ring, v_ring, out, lse, rows, counts, indices, key_lengths, output_order, bits,
+    log_counts, scale_log2, stride_ob, stride_oh, stride_on,
     H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
     W: gl.constexpr, HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
-    EARLY: gl.constexpr,
+    EARLY: gl.constexpr, POOL: gl.constexpr,
 ):
-    """One of two warpgroups: its half of each row's queries against all of the row's keys."""
+    """One of two warpgroups: its half of each row's queries against all that the row reads."""
     ROWS: gl.constexpr = q_ring[0].shape[1]
     KEYS: gl.constexpr = k_ring[0].shape[1]
     D: gl.constexpr = k_ring[0].shape[2]
@@ -177,10 +200,11 @@ def _consume(
         # The same tile, since no count is negative. ptxas must not know: it would compute parts of
         # the tile's descriptor for whole blocks alone, and use them where there are none as well.
         b_q_again = rings.slot(q_ring, i_half + gl.where(i_count < 0, 1, 0))
+        b_q_for_pools = rings.slot(q_ring, i_half + gl.where(i_listed < 0, 1, 0))
         if i_whole > 0:
-            b_out, b_max, b_sum = _attend_whole(
+            b_out, b_max, b_sum = _attend(
                 b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_tile + i_whole, scale_log2,
-                W, EARLY,
+                None, None, NUM_BLOCKS, full_key_blocks, W, EARLY, 0,
             )
         for i in range(i_whole, i_count):
             i_block = block_at(p_blocks, i, i_listed)
@@ -191,9 +215,22 @@ def _consume(
                 b_q_again, k_ring, v_ring, b_out, b_max, b_sum, i_tile + i, i_keys, scale_log2,
                 HAS_LENGTHS,
             )
+        i_tile += i_count
+        if POOL > 0:
+            i_pools = tails.num_tiles(i_count, NUM_BLOCKS, POOL)
+            if i_pools > 0:
+                i_row = (i_bh * NUM_ROWS + i_q).to(gl.int64)
+                # Relative to the weight of a full pool.
+                b_out, b_max, b_sum = _attend(
+                    b_q_for_pools, k_ring, v_ring, b_out, b_max - tails.log2_of(POOL), b_sum,
+                    i_tile, i_tile + i_pools, scale_log2, bits + i_row * ((NUM_BLOCKS + 7) // 8),
+                    log_counts + i_b * NUM_BLOCKS * (KEYS // POOL), NUM_BLOCKS, full_key_blocks,
+                    W, EARLY, POOL,
+                )
+                b_max += tails.log2_of(POOL)
+            i_tile += i_pools
         rings.release(q_ring, i_half)
         i_half += 2
-        i_tile += i_count
 
         # A row without keys has sum 0 and maximum -inf.
         b_lse = (b_max + gl.log2(b_sum)) * 0.6931471805599453
@@ -208,12 +245,12 @@ def _consume(
 
 @gluon.jit(do_not_specialize=COUNTS)
 def block_sparse_kernel(
-    q, k, v, out, lse, rows, counts, indices, key_lengths, output_order, scale_log2,
-    stride_ob, stride_oh, stride_on,
+    q, k, v, out, lse, rows, counts, indices, key_lengths, output_order,
+    pool_keys, pool_values, log_counts, bits, scale_log2, stride_ob, stride_oh, stride_on,
     H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
     D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
-    EARLY: gl.constexpr,
+    EARLY: gl.constexpr, POOL: gl.constexpr,
 ):
     """Query blocks of all heads, as `rows` deals them to the programs."""
     # A row's queries are a tile for each warpgroup; the next row's come meanwhile.
@@ -225,17 +262,19 @@ def block_sparse_kernel(
         [
             (_consume, (
                 q_ring, k_ring, v_ring, out, lse, rows, counts, indices, key_lengths, output_order,
-                scale_log2, stride_ob, stride_oh, stride_on, H, N_Q, N_K, NUM_WORK, NUM_ROWS,
-                NUM_BLOCKS, MAX_COUNT, full_key_blocks, 0, HAS_LENGTHS, ORDERED, WITH_LSE, EARLY,
+                bits, log_counts, scale_log2, stride_ob, stride_oh, stride_on, H, N_Q, N_K,
+                NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks, 0, HAS_LENGTHS,
+                ORDERED, WITH_LSE, EARLY, POOL,
             )),
             (_consume, (
                 q_ring, k_ring, v_ring, out, lse, rows, counts, indices, key_lengths, output_order,
-                scale_log2, stride_ob, stride_oh, stride_on, H, N_Q, N_K, NUM_WORK, NUM_ROWS,
-                NUM_BLOCKS, MAX_COUNT, full_key_blocks, 1, HAS_LENGTHS, ORDERED, WITH_LSE, EARLY,
+                bits, log_counts, scale_log2, stride_ob, stride_oh, stride_on, H, N_Q, N_K,
+                NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks, 1, HAS_LENGTHS,
+                ORDERED, WITH_LSE, EARLY, POOL,
             )),
             (produce, (
                 q, k, v, q_ring, k_ring, v_ring, rows, counts, indices, H, NUM_WORK, NUM_ROWS,
-                NUM_BLOCKS, MAX_COUNT, False,
+                NUM_BLOCKS, MAX_COUNT, False, pool_keys, pool_values, POOL,
             )),
         ],
         [4, 1],
@@ -267,6 +306,22 @@ def refused(call: AttentionCall) -> str | None:
             f"{blocks[0]}, {blocks[1]} and {head_dim}"
         )
     return None
+
+
+def takes_tail(call: AttentionCall) -> bool:
+    """Whether the kernel reads the call's pools itself: means alone, of sizes that it knows."""
+    tail = call.tail
+    return (
+        tail.variance is None
+        and _pool_size(call) in tails.POOLS
+        and _can_describe(tail.keys)
+        and _can_describe(tail.values)
+    )
+
+
+def _pool_size(call: AttentionCall) -> int:
+    block_map = call.block_map
+    return block_map.num_key_blocks * block_map.key_block // call.tail.keys.shape[2]
 
 
 def rank(call: AttentionCall) -> int:
@@ -308,6 +363,7 @@ def forward(call: AttentionCall) -> None:
 def launch(call: AttentionCall, settings: LaunchSettings) -> None:
     """Run the kernel; benchmarks pass settings of their own."""
     block_map, key_lengths, order = call.block_map, call.key_lengths, call.output_order
+    tail = call.tail if call.tail is not None and takes_tail(call) else None
     batch, heads, num_queries, head_dim = call.q.shape
     num_rows, key_block = block_map.counts.shape[-1], block_map.key_block
     num_work = batch * heads * num_rows
@@ -320,6 +376,10 @@ def launch(call: AttentionCall, settings: LaunchSettings) -> None:
             block_map.counts.contiguous(), block_map.indices.contiguous(),
             None if key_lengths is None else key_lengths.contiguous(),
             None if order is None else order.contiguous(),
+            None if tail is None else _describe(tail.keys, key_block),
+            None if tail is None else _describe(tail.values, key_block),
+            None if tail is None else tail.log_counts.contiguous(),
+            None if tail is None else block_map.bits,
             call.scale * math.log2(math.e),
             *call.out.stride()[:3],
             heads, num_queries, call.k.shape[2], num_work, num_rows, block_map.num_key_blocks,
@@ -327,6 +387,7 @@ def launch(call: AttentionCall, settings: LaunchSettings) -> None:
             D=head_dim, ROWS=QUERY_BLOCK // 2, KEYS=key_block, STAGES=settings.num_stages,
             HAS_LENGTHS=key_lengths is not None, ORDERED=order is not None,
             WITH_LSE=call.lse is not None, EARLY=settings.early,
+            POOL=0 if tail is None else _pool_size(call),
             # 12 warps with the other partitions': 65536 / 384 registers, in multiples of 8.
             num_warps=4, maxnreg=168, enable_fp_fusion=True,
         )

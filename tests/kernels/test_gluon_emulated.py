@@ -4,6 +4,7 @@ Layouts, registers and the copy engine's own rules are for the GPU to show.
 """
 
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from gluon_emulator import Deadlock, emulated
 from kernel_cases import NASTY, check, problem, segments, some_full_rows
 from test_tail import check as check_tail
+from test_tail import tail_of
 
 from dfsattn_diffusers.kernels import api
 
@@ -103,6 +105,24 @@ def test_tail_in_every_way_to_launch(
     )
     p.mask[:, 0, 1] = False
     check_tail(p, 8, False, "gluon_hopper")
+
+
+def test_tail_of_blocks_that_are_not_known_to_be_full(own_tail):
+    """Tiles of pools that are full, that may be, that are not, and that lie behind the end."""
+    p = problem(dtype=torch.float16, num_queries=200, num_keys=2500, heads=1, density=0.3)
+    lengths = torch.full((2, 20), 128, dtype=torch.int32)
+    lengths[0, 11], lengths[1, 13], lengths[:, 19] = 77, 0, 68
+    p = replace(p, key_lengths=lengths, full_key_blocks=9)
+    check_tail(p, 8, False, "gluon_hopper")
+
+
+def test_rows_that_keep_everything_read_no_tail(own_tail):
+    p = some_full_rows(problem(dtype=torch.float16, num_queries=300))
+    tail = tail_of(p, 32, False)
+    rows = slice((p.mask.shape[2] - 1) * p.query_block, None)
+    with_tail, without = p.run("gluon_hopper", tail=tail), p.run("gluon_hopper")
+    assert torch.equal(with_tail[:, :, rows], without[:, :, rows])
+    assert not torch.equal(with_tail, without)
 
 
 @pytest.mark.parametrize("pool, moment", [(32, True), (128, False)])

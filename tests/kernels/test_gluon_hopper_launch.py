@@ -15,20 +15,27 @@ from kernel_cases import (
     some_full_rows,
 )
 from sass import undefined_reads
+from test_tail import check as check_tail
 
-from dfsattn_diffusers.kernels import BlockMap, explain
+from dfsattn_diffusers.kernels import BlockMap, api, explain
 from dfsattn_diffusers.kernels.backends import load_backend
 
 backend = load_backend("gluon_hopper")
 if not hasattr(backend, "SETTINGS"):
     pytest.skip(backend.why_not(None), allow_module_level=True)
 
-# Head dim, key block, dtype, and whether lengths, an order and the log-sum-exp are asked for.
+# Head dim, key block, dtype, whether lengths, an order and the log-sum-exp are asked for, and keys
+# of the tail's pools or 0.
 BUILDS = [
-    (128, 128, "bfloat16", False),
-    (128, 128, "bfloat16", True),
-    (128, 64, "bfloat16", False),
-    (64, 128, "float16", True),
+    (128, 128, "bfloat16", False, 0),
+    (128, 128, "bfloat16", True, 0),
+    (128, 64, "bfloat16", False, 0),
+    (64, 128, "float16", True, 0),
+    (128, 128, "bfloat16", False, 32),
+    (128, 128, "bfloat16", True, 32),
+    (128, 64, "bfloat16", True, 32),
+    (64, 128, "float16", False, 64),
+    (64, 64, "float16", True, 16),
 ]
 
 
@@ -93,6 +100,26 @@ def test_every_way_to_launch(
     assert_close(lse, exact[1], eager[1])
 
 
+@pytest.mark.parametrize("change", [segments, some_full_rows])
+@pytest.mark.parametrize("head_dim, key_block", backend.SETTINGS)
+@pytest.mark.parametrize("pool", [16, 32, 64])
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_CUDA)])
+def test_tail(monkeypatch, device, persistent, pool, head_dim, key_block, change):
+    """In the kernel itself, tiles of full pools and of short ones."""
+    settings = backend.SETTINGS[head_dim, key_block]
+    settings = dataclasses.replace(settings, persistent=persistent)
+    monkeypatch.setattr(backend, "settings_for", lambda call: settings)
+    monkeypatch.setattr(api, "add_tail", None)
+    p = change(
+        problem(
+            device, torch.bfloat16, num_queries=2300, num_keys=17_000, head_dim=head_dim, heads=5,
+            key_block=key_block, density=0.2,
+        )
+    )
+    check_tail(p, pool, False, "gluon_hopper")
+
+
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_CUDA)])
 def test_offsets_beyond_32_bits(device):
     """The last head starts beyond element 2 ** 31."""
@@ -119,17 +146,17 @@ def test_fits_the_gpu():
     """Compiled here for sm90: shared memory within its limit, and no spills in the loops."""
     builds = built_by(__file__)
     assert len(builds) == len(BUILDS)
-    for (head_dim, key_block, _, everything), build in zip(BUILDS, builds):
+    for (head_dim, key_block, _, everything, pool), build in zip(BUILDS, builds):
         assert build["shared"] <= SHARED_MEMORY[90], build
-        # Addresses for clearing padding, stored once and loaded outside the main loop.
-        allowed = 64 if everything and head_dim == key_block == 128 else 0
+        # A row's addresses and those for clearing padding, stored once, loaded outside the loops.
+        allowed = 64 if (everything or pool) and head_dim == key_block == 128 else 0
         assert build["spilled"] <= allowed, build
         # Else the request for more registers was dropped in silence.
         assert {40, 232} <= set(build["budgets"]), build
         assert build["undefined"] == [], build
 
 
-def compile_for_hopper(head_dim, key_block, dtype, everything):
+def compile_for_hopper(head_dim, key_block, dtype, everything, pool=0):
     """Compile the kernel without a GPU and ask ptxas what it takes."""
     kernel, settings = backend.block_sparse_kernel, backend.SETTINGS[head_dim, key_block]
     x = torch.zeros(1, 1, 256, head_dim, dtype=getattr(torch, dtype))
@@ -140,10 +167,13 @@ def compile_for_hopper(head_dim, key_block, dtype, everything):
         scale_log2=0.1,
         lse=floats if everything else None, key_lengths=ints if everything else None,
         output_order=ints if everything else None,
+        pool_keys=backend._describe(x, key_block) if pool else None,
+        pool_values=backend._describe(x, key_block) if pool else None,
+        log_counts=floats if pool else None, bits=ints.to(torch.uint8) if pool else None,
     )
     constants = dict(
         D=head_dim, ROWS=64, KEYS=key_block, STAGES=settings.num_stages, EARLY=settings.early,
-        HAS_LENGTHS=everything, ORDERED=everything, WITH_LSE=everything,
+        HAS_LENGTHS=everything, ORDERED=everything, WITH_LSE=everything, POOL=pool,
     )
     return compile_gluon(kernel, values, constants)[0]
 

@@ -40,6 +40,13 @@ def fetch_pools(k_ring, v_ring, i_tile, i_end, keys, values, i_b, i_h):
 
 
 @gluon.jit
+def row_at(bits, log_counts, i_bh, i_b, i_q, NUM_ROWS, NUM_BLOCKS, PER_BLOCK: gl.constexpr):
+    """Where a row's bits are, and its logarithms of the pools' keys."""
+    i_row = (i_bh * NUM_ROWS + i_q).to(gl.int64)
+    return bits + i_row * ((NUM_BLOCKS + 7) // 8), log_counts + i_b * NUM_BLOCKS * PER_BLOCK
+
+
+@gluon.jit
 def kept_bits(p_bits, i, NUM_BLOCKS, POOL: gl.constexpr):
     """A number whose bits say which key blocks of the i-th tile the row keeps."""
     WORD: gl.constexpr = gl.int64 if POOL > 32 else gl.int32
@@ -53,29 +60,29 @@ def kept_bits(p_bits, i, NUM_BLOCKS, POOL: gl.constexpr):
 
 
 @gluon.jit
-def hide_kept(b_s, i_bits, POOL: gl.constexpr):
-    """No weight for pools of key blocks that the row keeps."""
+def weigh(b_s, i_bits, p_log_counts, i, i_full, NUM_BLOCKS, scale_log2, POOL: gl.constexpr):
+    """Logits of the i-th tile, to which the weight of a full pool is still to be added.
+
+    Args:
+        i_bits: The key blocks to hide, as `kept_bits` has them.
+        i_full: Pools of tiles before this one are full.
+    """
     LOGITS: gl.constexpr = b_s.type.layout
     POOLS: gl.constexpr = b_s.shape[1]
     PER_BLOCK: gl.constexpr = POOLS // POOL
     # Blocks of 8 columns, over which the layout repeats: a thread's shift, then a constant.
     GROUP: gl.constexpr = 8 // PER_BLOCK if PER_BLOCK < 8 else 1
     # [POOLS]
-    o_block = gl.arange(0, POOLS, gl.SliceLayout(0, LOGITS)) // PER_BLOCK
+    o_step = gl.arange(0, POOLS, gl.SliceLayout(0, LOGITS))
+    o_block = o_step // PER_BLOCK
     m_kept = (((i_bits >> (o_block % GROUP)) >> (o_block // GROUP * GROUP)) & 1) != 0
     # [ROWS, POOLS]
-    return gl.where(m_kept[None, :], float("-inf"), b_s)
-
-
-@gluon.jit
-def weigh_short(b_s, p_log_counts, i, NUM_BLOCKS, scale_log2, POOL: gl.constexpr):
-    """Less weight for pools of the i-th tile that are not full, none for those behind the end."""
-    LOGITS: gl.constexpr = b_s.type.layout
-    POOLS: gl.constexpr = b_s.shape[1]
-    # [POOLS]
-    o_pool = i * POOLS + gl.arange(0, POOLS, gl.SliceLayout(0, LOGITS))
-    m_pool = o_pool < NUM_BLOCKS * (POOLS // POOL)
-    b_log = gl.load(p_log_counts + o_pool, mask=m_pool, other=float("-inf"))
-    b_less = (b_log * 1.4426950408889634 - log2_of(POOL)) * (1.0 / scale_log2)
-    # [ROWS, POOLS]
-    return b_s + b_less[None, :]
+    b_s = gl.where(m_kept[None, :], float("-inf"), b_s)
+    if i >= i_full:
+        # Short pools weigh less, those behind the end nothing.
+        o_pool = i * POOLS + o_step
+        m_pool = o_pool < NUM_BLOCKS * PER_BLOCK
+        b_log = gl.load(p_log_counts + o_pool, mask=m_pool, other=float("-inf"))
+        b_less = (b_log * 1.4426950408889634 - log2_of(POOL)) * (1.0 / scale_log2)
+        b_s += b_less[None, :]
+    return b_s

@@ -83,16 +83,15 @@ def _attend(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_end, scale_log2,
     LOGITS: gl.constexpr = b_max.type.layout.parent
     OUT: gl.constexpr = b_out.type.layout
     DTYPE: gl.constexpr = b_q.dtype
+    if POOL > 0:
+        i_bits = tails.kept_bits(p_bits, 0, NUM_BLOCKS, POOL)
+        i_full = full_key_blocks // POOL
     b_s = multiply_keys(b_q, rings.receive(k_ring, i_tile), LOGITS)
     # [ROWS, KEYS]
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     rings.release(k_ring, i_tile)
     if POOL > 0:
-        i_full = full_key_blocks // POOL
-        i_bits = tails.kept_bits(p_bits, 0, NUM_BLOCKS, POOL)
-        b_s = tails.hide_kept(b_s, i_bits, POOL)
-        if i_full == 0:
-            b_s = tails.weigh_short(b_s, p_log_counts, 0, NUM_BLOCKS, scale_log2, POOL)
+        b_s = tails.weigh(b_s, i_bits, p_log_counts, 0, i_full, NUM_BLOCKS, scale_log2, POOL)
     b_p, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, POOL > 0)
     b_p = _as_operand(b_p, DTYPE, OUT)
     if POOL > 0:
@@ -116,11 +115,9 @@ def _attend(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_end, scale_log2,
         b_s = warpgroup_mma_wait(1, deps=[b_s])
         rings.release(k_ring, i)
         if POOL > 0:
-            b_s = tails.hide_kept(b_s, i_bits, POOL)
-            if i - i_tile >= i_full:
-                b_s = tails.weigh_short(
-                    b_s, p_log_counts, i - i_tile, NUM_BLOCKS, scale_log2, POOL
-                )
+            b_s = tails.weigh(
+                b_s, i_bits, p_log_counts, i - i_tile, i_full, NUM_BLOCKS, scale_log2, POOL
+            )
         b_next, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, POOL > 0)
         b_next = _as_operand(b_next, DTYPE, OUT)
         if EARLY:
@@ -219,13 +216,14 @@ def _consume(
         if POOL > 0:
             i_pools = tails.num_tiles(i_count, NUM_BLOCKS, POOL)
             if i_pools > 0:
-                i_row = (i_bh * NUM_ROWS + i_q).to(gl.int64)
-                # Relative to the weight of a full pool.
+                p_bits, p_log_counts = tails.row_at(
+                    bits, log_counts, i_bh, i_b, i_q, NUM_ROWS, NUM_BLOCKS, KEYS // POOL
+                )
+                # All is relative to the weight of a full pool meanwhile.
                 b_out, b_max, b_sum = _attend(
                     b_q_for_pools, k_ring, v_ring, b_out, b_max - tails.log2_of(POOL), b_sum,
-                    i_tile, i_tile + i_pools, scale_log2, bits + i_row * ((NUM_BLOCKS + 7) // 8),
-                    log_counts + i_b * NUM_BLOCKS * (KEYS // POOL), NUM_BLOCKS, full_key_blocks,
-                    W, EARLY, POOL,
+                    i_tile, i_tile + i_pools, scale_log2, p_bits, p_log_counts, NUM_BLOCKS,
+                    full_key_blocks, W, EARLY, POOL,
                 )
                 b_max += tails.log2_of(POOL)
             i_tile += i_pools

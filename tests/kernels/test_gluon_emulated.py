@@ -116,13 +116,22 @@ def test_tail_of_blocks_that_are_not_known_to_be_full(own_tail):
     check_tail(p, 8, False, "gluon_hopper")
 
 
+def test_tail_after_nothing(own_tail):
+    """A row that keeps two tiles' blocks, all of them empty."""
+    p = problem(dtype=torch.float16, num_queries=100, num_keys=2500, heads=1, density=0)
+    lengths = torch.full((2, 20), 128, dtype=torch.int32)
+    lengths[:, :16], p.mask[..., :16] = 0, True
+    check_tail(replace(p, key_lengths=lengths), 8, False, "gluon_hopper")
+
+
 def test_rows_that_keep_everything_read_no_tail(own_tail):
     p = some_full_rows(problem(dtype=torch.float16, num_queries=300))
-    tail = tail_of(p, 32, False)
-    rows = slice((p.mask.shape[2] - 1) * p.query_block, None)
-    with_tail, without = p.run("gluon_hopper", tail=tail), p.run("gluon_hopper")
-    assert torch.equal(with_tail[:, :, rows], without[:, :, rows])
-    assert not torch.equal(with_tail, without)
+    without, tail = p.run("gluon_hopper"), tail_of(p, 32, False)
+    tail.values.fill_(torch.nan)
+    with_tail = p.run("gluon_hopper", tail=tail)
+    full = p.mask.all(-1).repeat_interleave(p.query_block, 2)[:, :, :300]
+    assert torch.equal(with_tail[full], without[full])
+    assert with_tail[~full].isnan().all()
 
 
 @pytest.mark.parametrize("pool, moment", [(32, True), (128, False)])

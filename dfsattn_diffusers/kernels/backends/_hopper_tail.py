@@ -12,7 +12,7 @@ from . import _hopper_rings as rings
 from ._hopper_rings import gl, gluon
 
 # Whole bytes of a row's bits for every tile, and one register for them.
-POOLS = (8, 16, 32, 64)
+SIZES = (8, 16, 32, 64)
 
 
 @gluon.constexpr_function

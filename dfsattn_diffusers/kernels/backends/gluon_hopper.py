@@ -311,7 +311,7 @@ def takes_tail(call: AttentionCall) -> bool:
     tail = call.tail
     return (
         tail.variance is None
-        and _pool_size(call) in tails.POOLS
+        and _pool_size(call) in tails.SIZES
         and _can_describe(tail.keys)
         and _can_describe(tail.values)
     )

@@ -140,13 +140,15 @@ def test_tail_left_to_a_second_pass(backend, pool, moment):
     check_tail(p, pool, moment, "gluon_hopper")
 
 
-def test_output_order(backend):
+@pytest.mark.parametrize("pool", [None, 16])
+def test_output_order(backend, pool):
     p = problem(dtype=torch.float16, num_queries=300)
+    tail = tail_of(p, pool, False) if pool else None
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0)).int()
     order[7], order[250] = -1, -1
-    plain = p.run("gluon_hopper")
+    plain = p.run("gluon_hopper", tail=tail)
     out = torch.full_like(p.q, 7.0)
-    p.run("gluon_hopper", output_order=order, out=out)
+    p.run("gluon_hopper", tail=tail, output_order=order, out=out)
     kept = order >= 0
     assert torch.equal(out[:, :, order[kept].long()], plain[:, :, kept])
     missing = sorted(set(range(300)) - set(order[kept].tolist()))

@@ -62,14 +62,24 @@ def test_every_way_to_launch(backend, monkeypatch, persistent, early, num_stages
 
 
 @pytest.fixture
-def own_tail(backend, monkeypatch):
+def reader(backend, monkeypatch):
+    """The backend with settings that read pools."""
+    given = backend.settings_for
+    monkeypatch.setattr(
+        backend, "settings_for", lambda call: replace(given(call), reads_pools=True)
+    )
+    return backend
+
+
+@pytest.fixture
+def own_tail(reader, monkeypatch):
     """No second pass may add the tail."""
 
     def refuse(call, tail):
         raise AssertionError("the kernel left the tail to add_tail")
 
     monkeypatch.setattr(api, "add_tail", refuse)
-    return backend
+    return reader
 
 
 @pytest.mark.parametrize(
@@ -98,7 +108,7 @@ def test_tail_of_nasty_problems(own_tail, change):
 def test_tail_in_every_way_to_launch(
     own_tail, monkeypatch, persistent, early, num_stages, change
 ):
-    settings = own_tail.LaunchSettings(num_stages, persistent, early)
+    settings = own_tail.LaunchSettings(num_stages, persistent, early, reads_pools=True)
     monkeypatch.setattr(own_tail, "settings_for", lambda call: settings)
     p = change(
         problem(dtype=torch.float16, num_queries=300, num_keys=1300, heads=1, density=0.4)
@@ -135,13 +145,13 @@ def test_rows_that_keep_everything_read_no_tail(own_tail):
 
 
 @pytest.mark.parametrize("pool, moment", [(32, True), (128, False)])
-def test_tail_left_to_a_second_pass(backend, pool, moment):
+def test_tail_left_to_a_second_pass(reader, pool, moment):
     p = problem(dtype=torch.float16, num_queries=300)
     check_tail(p, pool, moment, "gluon_hopper")
 
 
 @pytest.mark.parametrize("pool", [None, 16])
-def test_output_order(backend, pool):
+def test_output_order(reader, pool):
     p = problem(dtype=torch.float16, num_queries=300)
     tail = tail_of(p, pool, False) if pool else None
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0)).int()

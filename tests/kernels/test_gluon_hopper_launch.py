@@ -108,7 +108,7 @@ def test_every_way_to_launch(
 def test_tail(monkeypatch, device, persistent, pool, head_dim, key_block, change):
     """In the kernel itself, tiles of full pools and of short ones."""
     settings = backend.SETTINGS[head_dim, key_block]
-    settings = dataclasses.replace(settings, persistent=persistent)
+    settings = dataclasses.replace(settings, persistent=persistent, reads_pools=True)
     monkeypatch.setattr(backend, "settings_for", lambda call: settings)
     monkeypatch.setattr(api, "add_tail", None)
     p = change(

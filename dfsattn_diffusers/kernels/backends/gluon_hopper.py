@@ -37,11 +37,13 @@ class LaunchSettings:
         num_stages: Slots of the rings of key and of value blocks.
         persistent: One program per multiprocessor that takes row after row, not one per row.
         early: Whether the wait for the next keys comes before the one for the last product.
+        reads_pools: Whether the kernel reads a tail of means itself; off until a GPU has timed it.
     """
 
     num_stages: int
     persistent: bool = True
     early: bool = True
+    reads_pools: bool = False
 
 
 # By head dim and key block.
@@ -310,7 +312,8 @@ def takes_tail(call: AttentionCall) -> bool:
     """Whether the kernel reads the call's pools itself: means alone, of sizes that it knows."""
     tail = call.tail
     return (
-        tail.variance is None
+        settings_for(call).reads_pools
+        and tail.variance is None
         and _pool_size(call) in tails.SIZES
         and _can_describe(tail.keys)
         and _can_describe(tail.values)

@@ -65,7 +65,8 @@ def block_sparse_attention(
             need no check there. `Nk // key_block` by default, 0 with `key_lengths`.
         tail: Pools of the keys and values (`pool_tail`) that stand for the blocks a row does not
             keep; `add_tail` states the formula. None drops these blocks.
-        output_order: `[Nq]` int32, the row of `out` where each query's result goes; -1 drops it.
+        output_order: `[Nq]` or, where heads differ, `[B, H, Nq]` int32, the row of `out` where each
+            query's result goes; -1 drops it.
         out: `[B, H, M, D]` of q's dtype to write into; rows that no query maps to stay as they
             are. `M = Nq` without `output_order`.
         return_lse: Also return the log-sum-exp of each query's logits.
@@ -180,7 +181,7 @@ def _checked_call(
     if not (0 < scale < math.inf):
         raise ValueError(f"scale must be positive and finite, got {scale}")
     if key_lengths is not None:
-        _check_int32("key_lengths", key_lengths, [batch, num_blocks], q.device)
+        _check_int32("key_lengths", key_lengths, q.device, [batch, num_blocks])
     whole = k.shape[2] // key_block
     if full_key_blocks is None:
         full_key_blocks = whole if key_lengths is None else 0
@@ -190,7 +191,7 @@ def _checked_call(
             f"keys, got {full_key_blocks!r}"
         )
     if output_order is not None:
-        _check_int32("output_order", output_order, [num_queries], q.device)
+        _check_int32("output_order", output_order, q.device, [num_queries], [*q.shape[:3]])
         if out is None:
             raise ValueError("output_order needs out, the tensor that it points into, got None")
     out = _check_out(q, out, ordered=output_order is not None)
@@ -252,10 +253,11 @@ def _check_map(q: Tensor, k: Tensor, block_map: BlockMap) -> None:
         )
 
 
-def _check_int32(name: str, x: Tensor, shape: list[int], device: torch.device) -> None:
-    if x.dtype != torch.int32 or list(x.shape) != shape or x.device != device:
+def _check_int32(name: str, x: Tensor, device: torch.device, *shapes: list[int]) -> None:
+    if x.dtype != torch.int32 or list(x.shape) not in shapes or x.device != device:
         raise ValueError(
-            f"{name} must be int32 {shape} on {device}, got {x.dtype} {list(x.shape)} on {x.device}"
+            f"{name} must be int32 {' or '.join(map(str, shapes))} on {device}, got {x.dtype} "
+            f"{list(x.shape)} on {x.device}"
         )
 
 

@@ -92,7 +92,7 @@ def add_tail(call: AttentionCall, tail: Tail) -> None:
     dropped = ~block_map.to_mask()
     order, out = call.output_order, call.out
     if order is not None:
-        out = out.index_select(2, order.clamp(min=0))
+        out = out.gather(2, order.clamp(min=0).long()[..., None].expand_as(call.q))
 
     rows = max(1, _CHUNK_ELEMENTS // (batch * heads * pools * size))
     for start in range(0, block_map.counts.shape[2], rows):

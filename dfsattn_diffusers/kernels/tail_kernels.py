@@ -125,7 +125,9 @@ def _join(b_q, b_square, b_k, b_v, b_variance, b_weight, b_out, b_max, b_sum, sc
     return b_out, b_new, b_sum
 
 
-@triton.jit(do_not_specialize=["H", "N_Q", "P", "N_BLOCKS", "N_BYTES", "full_pools"])
+@triton.jit(
+    do_not_specialize=["H", "N_Q", "P", "N_BLOCKS", "N_BYTES", "full_pools", "order_stride"]
+)
 def add_kernel(
     q,
     keys,
@@ -137,6 +139,7 @@ def add_kernel(
     counts,
     bits,
     output_order,
+    order_stride,
     scale,
     stride_qb,
     stride_qh,
@@ -170,7 +173,8 @@ def add_kernel(
     m_q = o_q < N_Q
     o_out = o_q
     if ORDERED:
-        o_out = tl.load(output_order + o_q, mask=m_q, other=-1)
+        p_order = output_order + i_bh.to(tl.int64) * order_stride
+        o_out = tl.load(p_order + o_q, mask=m_q, other=-1)
     m_out = m_q & (o_out >= 0)
     o_d = tl.arange(0, D)
     p_q = q + i_b * stride_qb + i_h * stride_qh + o_q.to(tl.int64)[:, None] * stride_qn
@@ -314,7 +318,8 @@ def add(call, tail) -> None:
     block_map, settings = call.block_map, settings_for(call.q)
     batch, heads, num_queries, head_dim = call.q.shape
     pools, num_rows = tail.keys.shape[2], block_map.counts.shape[2]
-    size, order, moment = block_map.query_block, call.output_order, tail.variance is not None
+    size, moment = block_map.query_block, tail.variance is not None
+    order, order_stride = call.order_and_stride()
     per_block = pools // block_map.num_key_blocks
     with torch.cuda.device_of(call.q):
         add_kernel[num_rows, batch * heads](
@@ -327,7 +332,8 @@ def add(call, tail) -> None:
             call.lse,
             block_map.counts.contiguous(),
             block_map.bits,
-            None if order is None else order.contiguous(),
+            order,
+            order_stride,
             call.scale,
             *call.q.stride()[:3],
             *call.out.stride()[:3],

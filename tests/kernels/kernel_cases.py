@@ -86,6 +86,30 @@ def check(problem: Problem, backend: str) -> None:
     assert_close(lse, exact[1], eager[1])
 
 
+def check_order(problem: Problem, backend: str, per_head: bool, **how) -> None:
+    """Rows go where they are told, into a transposed tensor; nothing else is touched."""
+    batch, heads, queries, head_dim = problem.q.shape
+    rows, make = queries + 30, torch.Generator().manual_seed(3)
+    # Other rows and other dropped queries for every head, and not contiguous.
+    places = torch.rand(heads, batch, rows, generator=make).argsort(-1)[..., :queries]
+    places[torch.rand(places.shape, generator=make) < 0.15] = -1
+    places = places.transpose(0, 1).int().to(problem.q.device)
+    order = places if per_head else places[0, 0]
+    memory = problem.q.new_full((batch, rows, heads, head_dim), 7.0)
+    straight, lse = problem.run(backend, return_lse=True, **how)
+    out, again = problem.run(
+        backend, output_order=order, out=memory.transpose(1, 2), return_lse=True, **how
+    )
+    assert out.data_ptr() == memory.data_ptr()
+    wanted = torch.full_like(out, 7.0)
+    for b, h in torch.cartesian_prod(torch.arange(batch), torch.arange(heads)).tolist():
+        row = order[b, h] if per_head else order
+        stored = row >= 0
+        wanted[b, h, row[stored].long()] = straight[b, h, stored]
+    assert torch.equal(out, wanted)
+    assert torch.equal(again, lse)
+
+
 def check_large_offsets(device: str, backend: str, **how) -> None:
     """The last of many heads, beyond element 2 ** 31, gives what it gives alone."""
     shape = (1, 130, 2**17, 128)

@@ -56,7 +56,15 @@ def tail(pools, dtype=torch.float32):
         (dict(output_order=ORDER), "output_order needs out, .* got None"),
         (
             dict(output_order=ORDER[:100], out=Q.clone()),
-            r"output_order must be int32 \[200\] on cpu, got torch.int32 \[100\]",
+            r"output_order must be int32 \[200\] or \[1, 2, 200\] on cpu, got torch.int32 \[100\]",
+        ),
+        (
+            dict(output_order=ORDER.expand(1, 1, 200), out=Q.clone()),
+            r"int32 \[200\] or \[1, 2, 200\] on cpu, got torch.int32 \[1, 1, 200\]",
+        ),
+        (
+            dict(output_order=ORDER.expand(1, 2, 200).long(), out=Q.clone()),
+            r"int32 \[200\] or \[1, 2, 200\] on cpu, got torch.int64 \[1, 2, 200\]",
         ),
         (dict(out=Q[:, :, :100]), r"out must be \[1, 2, 200, 64\], got \[1, 2, 100, 64\]"),
         (

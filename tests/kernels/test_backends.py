@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import BACKENDS, NASTY, TARGETS, assert_close, check, problem
+from kernel_cases import BACKENDS, NASTY, TARGETS, assert_close, check, check_order, problem
 
 
 def usual_size(device):
@@ -47,27 +47,10 @@ def test_results_do_not_change_from_run_to_run(backend, device, dtype):
         assert torch.equal(p.run(backend), first)
 
 
+@pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("backend, device, dtype", TARGETS)
-def test_output_order(backend, device, dtype):
-    """Rows go where they are told, into a transposed tensor; nothing else is touched."""
-    p = problem(device, dtype, num_queries=200, seed=3)
-    rows = 230
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(3))[:200].int()
-    order[::7] = -1
-    order = order.to(device)
-    memory = torch.full((2, rows, 2, 64), 7.0, dtype=dtype, device=device)
-    out, lse = p.run(backend, output_order=order, out=memory.transpose(1, 2), return_lse=True)
-    assert out.data_ptr() == memory.data_ptr()
-
-    stored = order >= 0
-    exact, eager = p.dense(torch.float64), p.dense(dtype)
-    assert_close(
-        out[:, :, order[stored].long()], exact[0][:, :, stored], eager[0][:, :, stored]
-    )
-    assert_close(lse, exact[1], eager[1])
-    untouched = torch.ones(rows, dtype=torch.bool, device=device)
-    untouched[order[stored].long()] = False
-    assert (memory[:, untouched] == 7).all()
+def test_output_order(backend, device, dtype, per_head):
+    check_order(problem(device, dtype, num_queries=200, seed=3), backend, per_head)
 
 
 @pytest.mark.parametrize("backend, device, dtype", TARGETS)

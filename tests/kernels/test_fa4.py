@@ -15,6 +15,7 @@ from kernel_cases import (
     all_blocks,
     assert_close,
     check,
+    check_order,
     empty_rows,
     large_logits,
     one_hot_rows,
@@ -153,18 +154,9 @@ def test_narrow_lists(target):
     assert_close(out, kept.dense(torch.float64)[0], kept.dense(torch.bfloat16)[0])
 
 
-def test_output_order(target):
-    p = problem(target, torch.float16, num_queries=200, seed=3)
-    order = torch.randperm(230, generator=torch.Generator().manual_seed(3))[:200].int().to(target)
-    order[::7] = -1
-    out = torch.full((2, 2, 230, 64), 7.0, dtype=p.q.dtype, device=target)
-    straight = p.run("fa4")
-    p.run("fa4", output_order=order, out=out)
-    stored = order >= 0
-    assert torch.equal(out[:, :, order[stored].long()], straight[:, :, stored])
-    untouched = torch.ones(230, dtype=torch.bool, device=target)
-    untouched[order[stored].long()] = False
-    assert (out[:, :, untouched] == 7).all()
+@pytest.mark.parametrize("per_head", [False, True])
+def test_output_order(target, per_head):
+    check_order(problem(target, torch.float16, num_queries=200, seed=3), "fa4", per_head)
 
 
 def reason(p: Problem):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gluon_emulator import Deadlock, emulated
-from kernel_cases import NASTY, check, problem, segments, some_full_rows
+from kernel_cases import NASTY, check, check_order, problem, segments, some_full_rows
 from test_tail import check as check_tail
 from test_tail import tail_of
 
@@ -151,18 +151,11 @@ def test_tail_left_to_a_second_pass(reader, pool, moment):
 
 
 @pytest.mark.parametrize("pool", [None, 16])
-def test_output_order(reader, pool):
+@pytest.mark.parametrize("per_head", [False, True])
+def test_output_order(reader, pool, per_head):
     p = problem(dtype=torch.float16, num_queries=300)
     tail = tail_of(p, pool, False) if pool else None
-    order = torch.randperm(300, generator=torch.Generator().manual_seed(0)).int()
-    order[7], order[250] = -1, -1
-    plain = p.run("gluon_hopper", tail=tail)
-    out = torch.full_like(p.q, 7.0)
-    p.run("gluon_hopper", tail=tail, output_order=order, out=out)
-    kept = order >= 0
-    assert torch.equal(out[:, :, order[kept].long()], plain[:, :, kept])
-    missing = sorted(set(range(300)) - set(order[kept].tolist()))
-    assert len(missing) == 2 and (out[:, :, missing] == 7).all()
+    check_order(p, "gluon_hopper", per_head, tail=tail)
 
 
 def test_the_emulator_sees_a_slot_given_back_too_early(backend, monkeypatch):

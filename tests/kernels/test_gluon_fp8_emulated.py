@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gluon_emulator import emulated
-from kernel_cases import NASTY, problem, segments, some_full_rows
+from kernel_cases import NASTY, check_order, problem, segments, some_full_rows
 from test_gluon_emulated import BACKENDS, MODULES
 from test_triton_fp8 import check_fp8
 
@@ -72,14 +72,7 @@ def test_value_blocks_of_other_sizes(backend):
     check(p)
 
 
-def test_output_order(backend):
+@pytest.mark.parametrize("per_head", [False, True])
+def test_output_order(backend, per_head):
     p = problem(dtype=torch.float16, num_queries=300)
-    order = torch.randperm(300, generator=torch.Generator().manual_seed(0)).int()
-    order[7], order[250] = -1, -1
-    plain = p.run("gluon_fp8", precision="fp8")
-    out = torch.full_like(p.q, 7.0)
-    p.run("gluon_fp8", precision="fp8", output_order=order, out=out)
-    kept = order >= 0
-    assert torch.equal(out[:, :, order[kept].long()], plain[:, :, kept])
-    missing = sorted(set(range(300)) - set(order[kept].tolist()))
-    assert len(missing) == 2 and (out[:, :, missing] == 7).all()
+    check_order(p, "gluon_fp8", per_head, precision="fp8")

@@ -106,7 +106,7 @@ def compile_for_hopper(head_dim, key_block, everything, changes):
         out=x.bfloat16(), rows=ints, counts=ints, indices=ints, scale=0.1, mean_logits=floats,
         q_scales=floats, k_scales=floats, v_logs=floats,
         lse=floats if everything else None, key_lengths=ints if everything else None,
-        output_order=ints if everything else None,
+        output_order=ints if everything else None, order_stride=300 if everything else None,
     )
     constants = dict(
         D=head_dim, ROWS=64, KEYS=key_block, STAGES=settings.num_stages, EARLY=settings.early,

@@ -166,7 +166,7 @@ def compile_for_hopper(head_dim, key_block, dtype, everything, pool=0):
         v=backend._describe(x, key_block), out=x, rows=ints, counts=ints, indices=ints,
         scale_log2=0.1,
         lse=floats if everything else None, key_lengths=ints if everything else None,
-        output_order=ints if everything else None,
+        output_order=ints if everything else None, order_stride=300 if everything else None,
         pool_keys=backend._describe(x, key_block) if pool else None,
         pool_values=backend._describe(x, key_block) if pool else None,
         log_counts=floats if pool else None, bits=ints.to(torch.uint8) if pool else None,

@@ -8,6 +8,7 @@ from kernel_cases import (
     NASTY,
     ON_CUDA,
     assert_close,
+    check_order,
     problem,
     segments,
     some_full_rows,
@@ -100,21 +101,10 @@ def test_nasty_problems(device, way, change):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("query_block", [64, 128])
-def test_output_order(device, way, query_block):
+@pytest.mark.parametrize("per_head", [False, True])
+def test_output_order(device, way, query_block, per_head):
     p = problem(device, dtype_of(device, way), num_queries=300, query_block=query_block)
-    tail = tail_of(p, 16, False)
-    order = torch.randperm(300, generator=torch.Generator().manual_seed(0)).int()
-    order[7], order[250] = -1, -1
-    kept = order >= 0
-    plain, lse = p.run("reference", tail=tail, return_lse=True)
-    out = torch.full_like(p.q, 7.0)
-    _, again = p.run(
-        "reference", tail=tail, output_order=order.to(device), out=out, return_lse=True
-    )
-    assert torch.equal(out[:, :, order[kept].long()], plain[:, :, kept])
-    missing = sorted(set(range(300)) - set(order[kept].tolist()))
-    assert len(missing) == 2 and (out[:, :, missing] == 7).all()
-    assert torch.equal(again[:, :, kept], lse[:, :, kept])
+    check_order(p, "reference", per_head, tail=tail_of(p, 16, False))
 
 
 @pytest.mark.parametrize("device", DEVICES)

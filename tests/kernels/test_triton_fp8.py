@@ -9,6 +9,7 @@ from kernel_cases import (
     ON_CUDA,
     assert_close,
     check_large_offsets,
+    check_order,
     problem,
     segments,
     strided,
@@ -221,18 +222,10 @@ def test_tiny_values():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_output_order(device):
+@pytest.mark.parametrize("per_head", [False, True])
+def test_output_order(device, per_head):
     p = problem(device, half(device), num_queries=200, seed=3)
-    order = torch.randperm(230, generator=torch.Generator().manual_seed(3))[:200].int().to(device)
-    order[::7] = -1
-    out = torch.full((2, 2, 230, 64), 7.0, dtype=p.q.dtype, device=device)
-    straight = p.run("triton_fp8", precision="fp8")
-    p.run("triton_fp8", precision="fp8", output_order=order, out=out)
-    stored = order >= 0
-    assert torch.equal(out[:, :, order[stored].long()], straight[:, :, stored])
-    untouched = torch.ones(230, dtype=torch.bool, device=device)
-    untouched[order[stored].long()] = False
-    assert (out[:, :, untouched] == 7).all()
+    check_order(p, "triton_fp8", per_head, precision="fp8")
 
 
 def realistic(device, dtype):

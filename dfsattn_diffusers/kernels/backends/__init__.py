@@ -40,7 +40,8 @@ class AttentionCall:
         k, v: `[B, H, Nk, D]`.
         key_lengths: `[B, nK]` int32 or None, real keys at the front of each key block.
         full_key_blocks: Key blocks before this index are full in every batch row.
-        output_order: `[Nq]` int32 or None, the row of `out` for each query; -1 drops it.
+        output_order: `[Nq]` or `[B, H, Nq]` int32 or None, the row of `out` for each query; -1
+            drops it.
         out: `[B, H, M, D]`, to be written.
         lse: `[B, H, Nq]` float32 or None, to be written.
         tail: Pools for the blocks that rows do not keep, or None.
@@ -57,6 +58,13 @@ class AttentionCall:
     out: Tensor
     lse: Tensor | None
     tail: Tail | None = None
+
+    def order_and_stride(self) -> tuple[Tensor, int] | tuple[None, None]:
+        """The order, contiguous, and elements between two heads' orders, 0 where all share one."""
+        order = self.output_order
+        if order is None:
+            return None, None
+        return order.contiguous(), order.shape[-1] if order.ndim == 3 else 0
 
 
 def capability(device: torch.device) -> str:

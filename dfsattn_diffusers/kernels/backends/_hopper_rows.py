@@ -7,7 +7,10 @@ from . import _hopper_tail as tails
 from ._hopper_rings import gl, gluon, warpgroup_mma
 
 # Arguments that are not worth a build of their own.
-COUNTS = ["H", "N_Q", "N_K", "NUM_WORK", "NUM_ROWS", "NUM_BLOCKS", "MAX_COUNT", "full_key_blocks"]
+COUNTS = [
+    "H", "N_Q", "N_K", "NUM_WORK", "NUM_ROWS", "NUM_BLOCKS", "MAX_COUNT", "full_key_blocks",
+    "order_stride",
+]
 
 
 @gluon.jit
@@ -105,7 +108,7 @@ def multiply_keys(b_q, b_k, LOGITS: gl.constexpr):
 
 @gluon.jit
 def store_rows(
-    b_out, b_sum, b_lse, out, lse, output_order, i_bh, i_b, i_h, i_first,
+    b_out, b_sum, b_lse, out, lse, output_order, order_stride, i_bh, i_b, i_h, i_first,
     stride_ob, stride_oh, stride_on, N_Q, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
 ):
     """One warpgroup's rows, from query `i_first` on, divided by their sums."""
@@ -117,7 +120,8 @@ def store_rows(
     m_q = o_q < N_Q
     o_out = o_q
     if ORDERED:
-        o_out = gl.load(output_order + o_q, mask=m_q, other=-1)
+        p_order = output_order + i_bh.to(gl.int64) * order_stride
+        o_out = gl.load(p_order + o_q, mask=m_q, other=-1)
     if WITH_LSE:
         b_lse = gl.convert_layout(b_lse, gl.SliceLayout(1, OUT))
         gl.store(lse + i_bh.to(gl.int64) * N_Q + o_q, b_lse, mask=m_q)

@@ -177,7 +177,7 @@ def _attend_masked(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_keys, b_s
 @gluon.jit
 def _consume(
     q_ring, k_ring, v_ring, q_scales, k_scales, v_logs, mean_logits, out, lse, rows, counts,
-    indices, key_lengths, output_order, scale, stride_ob, stride_oh, stride_on,
+    indices, key_lengths, output_order, order_stride, scale, stride_ob, stride_oh, stride_on,
     H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
     W: gl.constexpr, HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
     EARLY: gl.constexpr,
@@ -240,8 +240,8 @@ def _consume(
             o_q = W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LOGITS))
             b_lse += gl.load(mean_logits + i_row * 2 * ROWS + o_q) * scale
         store_rows(
-            b_out, b_sum, b_lse, out, lse, output_order, i_bh, i_b, i_h, (i_q * 2 + W) * ROWS,
-            stride_ob, stride_oh, stride_on, N_Q, ORDERED, WITH_LSE,
+            b_out, b_sum, b_lse, out, lse, output_order, order_stride, i_bh, i_b, i_h,
+            (i_q * 2 + W) * ROWS, stride_ob, stride_oh, stride_on, N_Q, ORDERED, WITH_LSE,
         )
     if W == 0:
         # Take the other's last grant: no barrier may stay half full.
@@ -251,7 +251,7 @@ def _consume(
 @gluon.jit(do_not_specialize=COUNTS)
 def block_sparse_kernel(
     q, k, v, q_scales, k_scales, v_logs, mean_logits, out, lse, rows, counts, indices,
-    key_lengths, output_order, scale, stride_ob, stride_oh, stride_on,
+    key_lengths, output_order, order_stride, scale, stride_ob, stride_oh, stride_on,
     H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
     D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
@@ -267,15 +267,15 @@ def block_sparse_kernel(
         [
             (_consume, (
                 q_ring, k_ring, v_ring, q_scales, k_scales, v_logs, mean_logits, out, lse,
-                rows, counts, indices, key_lengths, output_order, scale, stride_ob, stride_oh,
-                stride_on, H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
-                0, HAS_LENGTHS, ORDERED, WITH_LSE, EARLY,
+                rows, counts, indices, key_lengths, output_order, order_stride, scale, stride_ob,
+                stride_oh, stride_on, H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
+                full_key_blocks, 0, HAS_LENGTHS, ORDERED, WITH_LSE, EARLY,
             )),
             (_consume, (
                 q_ring, k_ring, v_ring, q_scales, k_scales, v_logs, mean_logits, out, lse,
-                rows, counts, indices, key_lengths, output_order, scale, stride_ob, stride_oh,
-                stride_on, H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
-                1, HAS_LENGTHS, ORDERED, WITH_LSE, EARLY,
+                rows, counts, indices, key_lengths, output_order, order_stride, scale, stride_ob,
+                stride_oh, stride_on, H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
+                full_key_blocks, 1, HAS_LENGTHS, ORDERED, WITH_LSE, EARLY,
             )),
             (produce, (
                 q, k, v, q_ring, k_ring, v_ring, rows, counts, indices, H, NUM_WORK, NUM_ROWS,
@@ -317,7 +317,8 @@ def quantize_for(call: AttentionCall) -> Quantized:
 
 def launch(call: AttentionCall, x: Quantized, settings: LaunchSettings) -> None:
     """Run the kernel on what `quantize_for` made; benchmarks pass settings of their own."""
-    block_map, key_lengths, order = call.block_map, call.key_lengths, call.output_order
+    block_map, key_lengths = call.block_map, call.key_lengths
+    order, order_stride = call.order_and_stride()
     batch, heads, num_queries, head_dim = call.q.shape
     num_rows, key_block = block_map.counts.shape[-1], block_map.key_block
     num_work = batch * heads * num_rows
@@ -330,8 +331,7 @@ def launch(call: AttentionCall, x: Quantized, settings: LaunchSettings) -> None:
             x.q_scales, x.k_scales, x.v_scales.log2(), x.mean_logits, call.out, call.lse,
             block_map.by_count, block_map.counts.contiguous(), block_map.indices.contiguous(),
             None if key_lengths is None else key_lengths.contiguous(),
-            None if order is None else order.contiguous(),
-            call.scale, *call.out.stride()[:3],
+            order, order_stride, call.scale, *call.out.stride()[:3],
             heads, num_queries, call.k.shape[2], num_work, num_rows, block_map.num_key_blocks,
             block_map.indices.shape[-1], call.full_key_blocks,
             D=head_dim, ROWS=QUERY_BLOCK // 2, KEYS=key_block, STAGES=settings.num_stages,

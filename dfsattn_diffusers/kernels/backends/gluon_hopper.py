@@ -168,8 +168,8 @@ def _attend_masked(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_keys, sca
 
 @gluon.jit
 def _consume(
-    q_ring, k_ring, v_ring, out, lse, rows, counts, indices, key_lengths, output_order, bits,
-    log_counts, scale_log2, stride_ob, stride_oh, stride_on,
+    q_ring, k_ring, v_ring, out, lse, rows, counts, indices, key_lengths, output_order,
+    order_stride, bits, log_counts, scale_log2, stride_ob, stride_oh, stride_on,
     H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
     W: gl.constexpr, HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
     EARLY: gl.constexpr, POOL: gl.constexpr,
@@ -235,8 +235,8 @@ def _consume(
         # A row without keys has sum 0 and maximum -inf.
         b_lse = (b_max + gl.log2(b_sum)) * 0.6931471805599453
         store_rows(
-            b_out, b_sum, b_lse, out, lse, output_order, i_bh, i_b, i_h, (i_q * 2 + W) * ROWS,
-            stride_ob, stride_oh, stride_on, N_Q, ORDERED, WITH_LSE,
+            b_out, b_sum, b_lse, out, lse, output_order, order_stride, i_bh, i_b, i_h,
+            (i_q * 2 + W) * ROWS, stride_ob, stride_oh, stride_on, N_Q, ORDERED, WITH_LSE,
         )
     if W == 0:
         # Take the other's last grant: no barrier may stay half full.
@@ -245,7 +245,7 @@ def _consume(
 
 @gluon.jit(do_not_specialize=COUNTS)
 def block_sparse_kernel(
-    q, k, v, out, lse, rows, counts, indices, key_lengths, output_order,
+    q, k, v, out, lse, rows, counts, indices, key_lengths, output_order, order_stride,
     pool_keys, pool_values, log_counts, bits, scale_log2, stride_ob, stride_oh, stride_on,
     H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
     D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
@@ -262,15 +262,15 @@ def block_sparse_kernel(
         [
             (_consume, (
                 q_ring, k_ring, v_ring, out, lse, rows, counts, indices, key_lengths, output_order,
-                bits, log_counts, scale_log2, stride_ob, stride_oh, stride_on, H, N_Q, N_K,
-                NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks, 0, HAS_LENGTHS,
-                ORDERED, WITH_LSE, EARLY, POOL,
+                order_stride, bits, log_counts, scale_log2, stride_ob, stride_oh, stride_on, H,
+                N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks, 0,
+                HAS_LENGTHS, ORDERED, WITH_LSE, EARLY, POOL,
             )),
             (_consume, (
                 q_ring, k_ring, v_ring, out, lse, rows, counts, indices, key_lengths, output_order,
-                bits, log_counts, scale_log2, stride_ob, stride_oh, stride_on, H, N_Q, N_K,
-                NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks, 1, HAS_LENGTHS,
-                ORDERED, WITH_LSE, EARLY, POOL,
+                order_stride, bits, log_counts, scale_log2, stride_ob, stride_oh, stride_on, H,
+                N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks, 1,
+                HAS_LENGTHS, ORDERED, WITH_LSE, EARLY, POOL,
             )),
             (produce, (
                 q, k, v, q_ring, k_ring, v_ring, rows, counts, indices, H, NUM_WORK, NUM_ROWS,
@@ -363,7 +363,8 @@ def forward(call: AttentionCall) -> None:
 
 def launch(call: AttentionCall, settings: LaunchSettings) -> None:
     """Run the kernel; benchmarks pass settings of their own."""
-    block_map, key_lengths, order = call.block_map, call.key_lengths, call.output_order
+    block_map, key_lengths = call.block_map, call.key_lengths
+    order, order_stride = call.order_and_stride()
     tail = call.tail if call.tail is not None and takes_tail(call) else None
     batch, heads, num_queries, head_dim = call.q.shape
     num_rows, key_block = block_map.counts.shape[-1], block_map.key_block
@@ -376,7 +377,7 @@ def launch(call: AttentionCall, settings: LaunchSettings) -> None:
             _describe(call.v, key_block), call.out, call.lse, block_map.by_count,
             block_map.counts.contiguous(), block_map.indices.contiguous(),
             None if key_lengths is None else key_lengths.contiguous(),
-            None if order is None else order.contiguous(),
+            order, order_stride,
             None if tail is None else _describe(tail.keys, key_block),
             None if tail is None else _describe(tail.values, key_block),
             None if tail is None else tail.log_counts.contiguous(),

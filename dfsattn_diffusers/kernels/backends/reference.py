@@ -113,5 +113,6 @@ def store(result: Tensor, order: Tensor | None, out: Tensor) -> None:
         return
     # One more row takes what is dropped, so that nothing waits for the number of rows left.
     room = F.pad(out, (0, 0, 0, 1))
-    room.index_copy_(2, torch.where(order < 0, out.shape[2], order).long(), result)
+    rows = torch.where(order < 0, out.shape[2], order).long()
+    room.scatter_(2, rows[..., None].expand_as(result), result)
     out.copy_(room[:, :, :-1])

@@ -102,9 +102,11 @@ def _attend(b_q, b_k, b_v, m_k, b_out, b_max, b_sum, scale_log2, MASKED: tl.cons
     return b_out, b_new, b_sum
 
 
-@triton.jit(do_not_specialize=["N_Q", "N_K", "NUM_BLOCKS", "MAX_COUNT", "full_key_blocks"])
+@triton.jit(
+    do_not_specialize=["N_Q", "N_K", "NUM_BLOCKS", "MAX_COUNT", "full_key_blocks", "order_stride"]
+)
 def block_sparse_kernel(
-    q, k, v, out, lse, counts, indices, key_lengths, output_order, scale_log2,
+    q, k, v, out, lse, counts, indices, key_lengths, output_order, order_stride, scale_log2,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
     H, N_Q, N_K, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
@@ -164,7 +166,8 @@ def block_sparse_kernel(
     m_q = o_q < N_Q
     o_out = o_q
     if ORDERED:
-        o_out = tl.load(output_order + o_q, mask=m_q, other=-1)
+        p_order = output_order + i_bh.to(tl.int64) * order_stride
+        o_out = tl.load(p_order + o_q, mask=m_q, other=-1)
     # A row without keys has sum 0 and maximum -inf.
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     b_out = b_out / b_sum[:, None]
@@ -224,14 +227,15 @@ def launch(call: AttentionCall, settings: LaunchSettings) -> None:
         q = TensorDescriptor.from_tensor(q, [1, 1, query_block, head_dim])
         k, v = (TensorDescriptor.from_tensor(x, [1, 1, key_tile, head_dim]) for x in (k, v))
     strides = [s for x in (call.q, call.k, call.v, call.out) for s in x.stride()[:3]]
-    key_lengths, order = call.key_lengths, call.output_order
+    key_lengths = call.key_lengths
+    order, order_stride = call.order_and_stride()
     ragged = num_blocks - call.full_key_blocks
     with torch.cuda.device_of(call.q):
         block_sparse_kernel[num_rows, batch * heads](
             q, k, v, call.out, call.lse, block_map.counts.contiguous(),
             block_map.indices.contiguous(),
             None if key_lengths is None else key_lengths.contiguous(),
-            None if order is None else order.contiguous(),
+            order, order_stride,
             call.scale * math.log2(math.e),
             *strides,
             heads, num_queries, call.k.shape[2], num_blocks, block_map.indices.shape[-1],

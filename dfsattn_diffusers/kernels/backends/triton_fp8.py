@@ -86,10 +86,12 @@ def _attend(b_q, b_k, b_v, m_k, b_out, b_max, b_sum, b_scale, b_value_scale, MAS
     return b_out, b_new, b_sum
 
 
-@triton.jit(do_not_specialize=["N_Q", "N_K", "NUM_BLOCKS", "MAX_COUNT", "full_key_blocks"])
+@triton.jit(
+    do_not_specialize=["N_Q", "N_K", "NUM_BLOCKS", "MAX_COUNT", "full_key_blocks", "order_stride"]
+)
 def block_sparse_kernel(
     q, k, v, q_scales, k_scales, v_scales, mean_logits, out, lse, counts, indices, key_lengths,
-    output_order, scale, stride_ob, stride_oh, stride_on,
+    output_order, order_stride, scale, stride_ob, stride_oh, stride_on,
     H, N_Q, N_K, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
     D: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, KEY_TILE: tl.constexpr,
     RAGGED: tl.constexpr, HAS_LENGTHS: tl.constexpr, ORDERED: tl.constexpr,
@@ -161,7 +163,8 @@ def block_sparse_kernel(
     m_q = o_q < N_Q
     o_out = o_q
     if ORDERED:
-        o_out = tl.load(output_order + o_q, mask=m_q, other=-1)
+        p_order = output_order + i_bh.to(tl.int64) * order_stride
+        o_out = tl.load(p_order + o_q, mask=m_q, other=-1)
     # A row without keys has sum 0 and maximum -inf.
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     b_out = b_out / b_sum[:, None]
@@ -218,7 +221,8 @@ def forward(call: AttentionCall) -> None:
 
 def launch(call: AttentionCall, x: Quantized, settings: LaunchSettings) -> None:
     """Run the kernel on what `quantize` made; benchmarks pass settings of their own."""
-    block_map, key_lengths, order = call.block_map, call.key_lengths, call.output_order
+    block_map, key_lengths = call.block_map, call.key_lengths
+    order, order_stride = call.order_and_stride()
     batch, heads, num_queries, head_dim = call.q.shape
     num_rows, num_blocks = block_map.counts.shape[-1], block_map.num_key_blocks
     query_block, key_block = block_map.query_block, block_map.key_block
@@ -233,8 +237,7 @@ def launch(call: AttentionCall, x: Quantized, settings: LaunchSettings) -> None:
             q, k, v, x.q_scales, x.k_scales, x.v_scales, x.mean_logits, call.out, call.lse,
             block_map.counts.contiguous(), block_map.indices.contiguous(),
             None if key_lengths is None else key_lengths.contiguous(),
-            None if order is None else order.contiguous(),
-            call.scale, *call.out.stride()[:3],
+            order, order_stride, call.scale, *call.out.stride()[:3],
             heads, num_queries, call.k.shape[2], num_blocks, block_map.indices.shape[-1],
             call.full_key_blocks,
             D=head_dim, QUERY_BLOCK=query_block, KEY_BLOCK=key_block, KEY_TILE=key_tile,

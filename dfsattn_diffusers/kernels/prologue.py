@@ -88,6 +88,7 @@ def prepare_qkv(
     *,
     heads_first: bool = True,
     tile_lengths: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> Prepared:
     """Norm, rotate and order queries, keys and values, with the roundings of the stock processors.
 
@@ -100,6 +101,10 @@ def prepare_qkv(
             the input itself.
         tile_lengths: `[B or 1, T]` int32 real tokens at the front of each of `T` equal tiles; asks
             for pooled tiles.
+        slots: `[B, H, N]` int32, the slot of each row in each batch row and head; None for source's
+            own. `source` then says only in which order rows are read, each once, and which slots
+            are padding, in every head. Not checked: each `slots[b, h]` and the padding slots are
+            together 0 to `P - 1`, each once. Needs heads_first, and tiles are pooled apart.
 
     Returns:
         New tensors of the streams' dtype and device, but for v as above.
@@ -111,11 +116,36 @@ def prepare_qkv(
     CogVideoXAttnProcessor2_0); `reference` is the specification.
     """
     _check(streams, rotary, source, tile_lengths)
-    kernels = fast("prologue_kernels", streams[0].q)
-    trained = torch.is_grad_enabled() and streams[0].q.requires_grad
-    if kernels and not trained and kernels.can_prepare(streams, rotary, source, tile_lengths):
-        return kernels.prepare_qkv(streams, rotary, source, heads_first, tile_lengths)
-    return reference(streams, rotary, source, heads_first=heads_first, tile_lengths=tile_lengths)
+    if slots is not None:
+        _check_slots(slots, streams, source, heads_first, tile_lengths)
+    if kernels := _kernels_for(streams, rotary, source, tile_lengths):
+        return kernels.prepare_qkv(streams, rotary, source, heads_first, tile_lengths, slots)
+    return reference(
+        streams, rotary, source, heads_first=heads_first, tile_lengths=tile_lengths, slots=slots
+    )
+
+
+def pool_qk(
+    streams: Sequence[Stream],
+    rotary: Rotary | None,
+    source: Tensor | None,
+    tile_lengths: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The tiles of `prepare_qkv` alone: to score an order, nobody needs its q, k and v.
+
+    Args:
+        streams, rotary, source, tile_lengths: As of `prepare_qkv`.
+
+    Returns:
+        `q_tiles`, `k_tiles`, `[B, H, T, D]` float32.
+
+    Raises:
+        ValueError: Arguments do not fit each other.
+    """
+    _check(streams, rotary, source, tile_lengths)
+    if kernels := _kernels_for(streams, rotary, source, tile_lengths):
+        return kernels.pool_qk(streams, rotary, source, tile_lengths)
+    return pool_reference(streams, rotary, source, tile_lengths)
 
 
 def reference(
@@ -125,18 +155,29 @@ def reference(
     *,
     heads_first: bool = True,
     tile_lengths: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> Prepared:
     """`prepare_qkv` in torch, for any dtype and device."""
-    q = _join([apply_norm(stream.q, stream.q_norm) for stream in streams])
-    k = _join([apply_norm(stream.k, stream.k_norm) for stream in streams])
+    q, k = _norm_and_rotate(streams, rotary)
     v = _join([stream.v for stream in streams])
-    if rotary is not None:
-        q, k = rotate(q, rotary), rotate(k, rotary)
+    if slots is not None:
+        return Prepared(*(_scatter(x, slots, source.numel()) for x in (q, k, v)))
     q, k, v = (_place(x, source, heads_first) for x in (q, k, v))
     if tile_lengths is None:
         return Prepared(q, k, v)
     tiles = (pool_tiles(x if heads_first else x.transpose(1, 2), tile_lengths) for x in (q, k))
     return Prepared(q, k, v, *tiles)
+
+
+def pool_reference(
+    streams: Sequence[Stream],
+    rotary: Rotary | None,
+    source: Tensor | None,
+    tile_lengths: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`pool_qk` in torch, for any dtype and device."""
+    q, k = (_place(x, source, True) for x in _norm_and_rotate(streams, rotary))
+    return pool_tiles(q, tile_lengths), pool_tiles(k, tile_lengths)
 
 
 def apply_norm(x: Tensor, norm: Norm | None) -> Tensor:
@@ -170,6 +211,20 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return torch.cat([x[:, : rows.start], turned.flatten(-2).to(x.dtype), x[:, rows.stop :]], 1)
 
 
+def _kernels_for(streams, rotary, source, tile_lengths):
+    """The Triton kernels where they serve this call, else None."""
+    kernels = fast("prologue_kernels", streams[0].q)
+    trained = torch.is_grad_enabled() and streams[0].q.requires_grad
+    serve = kernels and not trained and kernels.can_prepare(streams, rotary, source, tile_lengths)
+    return kernels if serve else None
+
+
+def _norm_and_rotate(streams: Sequence[Stream], rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+    q = _join([apply_norm(stream.q, stream.q_norm) for stream in streams])
+    k = _join([apply_norm(stream.k, stream.k_norm) for stream in streams])
+    return (q, k) if rotary is None else (rotate(q, rotary), rotate(k, rotary))
+
+
 def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -180,6 +235,12 @@ def _place(x: Tensor, source: Tensor | None, heads_first: bool) -> Tensor:
     x, rows = (x.transpose(1, 2), 2) if heads_first else (x, 1)
     padding = (source < 0).view(-1, *[1] * (x.ndim - 1 - rows))
     return x.index_select(rows, source.clamp(min=0)).masked_fill_(padding, 0)
+
+
+def _scatter(x: Tensor, slots: Tensor, num_slots: int) -> Tensor:
+    x = x.transpose(1, 2)
+    out = x.new_zeros((*x.shape[:2], num_slots, x.shape[3]))
+    return out.scatter(2, slots.long()[..., None].expand_as(x), x)
 
 
 def pool_tiles(x: Tensor, lengths: Tensor) -> Tensor:
@@ -207,22 +268,48 @@ def _check(streams, rotary, source, tile_lengths) -> None:
     batch, rows = like.shape[0], sum(stream.q.shape[1] for stream in streams)
     if rotary is not None:
         _check_rotary(rotary, rows, like)
-    slots = rows
+    num_slots = rows
     if source is not None:
         if source.dtype != torch.int32 or source.ndim != 1 or source.device != like.device:
             raise ValueError(
                 f"source must be int32 [P] on {like.device}, got {source.dtype} "
                 f"{list(source.shape)} on {source.device}"
             )
-        slots = source.numel()
+        num_slots = source.numel()
     if tile_lengths is not None:
         shape = list(tile_lengths.shape)
-        fits = len(shape) == 2 and shape[0] in (1, batch) and shape[1] and slots % shape[1] == 0
+        fits = len(shape) == 2 and shape[0] in (1, batch) and shape[1] and num_slots % shape[1] == 0
         if not fits or tile_lengths.dtype != torch.int32 or tile_lengths.device != like.device:
             raise ValueError(
                 f"tile_lengths must be int32 [{batch} or 1, T] on {like.device}, T a divisor of "
-                f"the {slots} slots, got {tile_lengths.dtype} {shape} on {tile_lengths.device}"
+                f"the {num_slots} slots, got {tile_lengths.dtype} {shape} on {tile_lengths.device}"
             )
+
+
+def _check_slots(slots, streams, source, heads_first, tile_lengths) -> None:
+    like, rows = streams[0].q, sum(stream.q.shape[1] for stream in streams)
+    if source is None or source.numel() < rows:
+        raise ValueError(
+            f"slots needs a source of at least {rows} slots, got "
+            f"{source if source is None else list(source.shape)}; name every row once, in the "
+            "order to read them, and -1 for padding"
+        )
+    if not heads_first:
+        raise ValueError(
+            "slots needs heads_first=True, got False; leave out slots for rows with all heads "
+            "side by side"
+        )
+    if tile_lengths is not None:
+        raise ValueError(
+            f"slots needs tile_lengths None, got {list(tile_lengths.shape)}; pool one order for "
+            "all heads with pool_qk, or the returned q and k with pool_tiles"
+        )
+    wanted = [like.shape[0], like.shape[2], rows]
+    if slots.dtype != torch.int32 or list(slots.shape) != wanted or slots.device != like.device:
+        raise ValueError(
+            f"slots must be int32 {wanted} on {like.device}, got {slots.dtype} "
+            f"{list(slots.shape)} on {slots.device}; give every batch row and head its own"
+        )
 
 
 def _check_stream(stream: Stream, like: Tensor) -> None:

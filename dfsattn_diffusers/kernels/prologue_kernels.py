@@ -41,6 +41,8 @@ class LaunchSettings:
 
 # By compute capability: no spills; not yet measured.
 SETTINGS = {80: LaunchSettings(16, 4, 4096, 4, 3), 86: LaunchSettings(16, 4, 4096, 4, 2)}
+# Of the pipeline where tiles alone are asked for: with 2 or 4 some builds spill.
+ALONE_STAGES = 3
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -100,9 +102,9 @@ def _round(b_x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _prepare(
-    x, x2, weight, weight2, bias, bias2, out, tiles, source, lengths, cos, sin, eps, i_tile,
+    x, x2, weight, weight2, bias, bias2, out, tiles, source, slots, lengths, cos, sin, eps, i_tile,
     stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh, stride_on, stride_lengths,
-    H, P, T, ROWS, FIRST_ROW, ROTATED, NORM: tl.constexpr, STEP: tl.constexpr,
+    H, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM: tl.constexpr, STEP: tl.constexpr,
     INTERLEAVED: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
     HEADS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -110,7 +112,8 @@ def _prepare(
     DTYPE: tl.constexpr = x.dtype.element_ty
     i_b = tl.program_id(1).to(tl.int64)
     x += i_b * stride_b
-    out += i_b * stride_ob
+    if out is not None:
+        out += i_b * stride_ob
     if x2 is not None:
         x2 += i_b * stride_b2
     if tiles is not None:
@@ -194,8 +197,14 @@ def _prepare(
                 b_turned = _round(b_first * b_cos, STEP) - _round(b_second * b_sin, STEP)
                 b_second = _round(b_second * b_cos, STEP) + _round(b_first * b_sin, STEP)
                 b_first, b_second = _round(b_turned, DTYPE), _round(b_second, DTYPE)
-            p_out = out + o_p * stride_on + o_h.to(tl.int64) * stride_oh
-            _store_pairs(p_out, b_first, b_second, m_p & m_h, D, INTERLEAVED)
+            if out is not None:
+                o_out = o_p
+                if slots is not None:
+                    # [TOKENS, HEADS, 1]; padding stays where it is.
+                    p_slot = slots + (i_b * H + o_h) * N + o_row
+                    o_out = tl.load(p_slot, mask=m_real & m_h, other=o_p).to(tl.int64)
+                p_out = out + o_out * stride_on + o_h.to(tl.int64) * stride_oh
+                _store_pairs(p_out, b_first, b_second, m_p & m_h, D, INTERLEAVED)
             if tiles is not None:
                 # [1, HEADS, D / 2]; the sum so far is in memory, as not all heads fit registers.
                 m_pool = o_slot < i_length
@@ -215,12 +224,14 @@ def _prepare(
             tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["H", "P", "T", "ROWS", "FIRST_ROW", "ROTATED", "stride_lengths"])
+@triton.jit(
+    do_not_specialize=["H", "P", "T", "ROWS", "N", "FIRST_ROW", "ROTATED", "stride_lengths"]
+)
 def prologue_kernel(
     q, k, v, q2, k2, v2, q_weight, k_weight, q_weight2, k_weight2, q_bias, k_bias, q_bias2, k_bias2,
-    q_out, k_out, v_out, q_tiles, k_tiles, source, lengths, cos, sin, eps,
+    q_out, k_out, v_out, q_tiles, k_tiles, source, slots, lengths, cos, sin, eps,
     stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh, stride_on, stride_lengths,
-    H, P, T, ROWS, FIRST_ROW, ROTATED, NORM: tl.constexpr, STEP: tl.constexpr,
+    H, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM: tl.constexpr, STEP: tl.constexpr,
     INTERLEAVED: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
     HEADS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -228,24 +239,24 @@ def prologue_kernel(
     i_tile, i_part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     if i_part == 0:
         _prepare(
-            q, q2, q_weight, q_weight2, q_bias, q_bias2, q_out, q_tiles, source, lengths, cos, sin,
-            eps, i_tile, stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh, stride_on,
-            stride_lengths, H, P, T, ROWS, FIRST_ROW, ROTATED, NORM, STEP, INTERLEAVED, D, SLOTS,
-            TOKENS, HEADS, STAGES,
+            q, q2, q_weight, q_weight2, q_bias, q_bias2, q_out, q_tiles, source, slots, lengths,
+            cos, sin, eps, i_tile, stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh,
+            stride_on, stride_lengths, H, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM, STEP,
+            INTERLEAVED, D, SLOTS, TOKENS, HEADS, STAGES,
         )  # fmt: skip
     elif i_part == 1:
         _prepare(
-            k, k2, k_weight, k_weight2, k_bias, k_bias2, k_out, k_tiles, source, lengths, cos, sin,
-            eps, i_tile, stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh, stride_on,
-            stride_lengths, H, P, T, ROWS, FIRST_ROW, ROTATED, NORM, STEP, INTERLEAVED, D, SLOTS,
-            TOKENS, HEADS, STAGES,
+            k, k2, k_weight, k_weight2, k_bias, k_bias2, k_out, k_tiles, source, slots, lengths,
+            cos, sin, eps, i_tile, stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh,
+            stride_on, stride_lengths, H, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM, STEP,
+            INTERLEAVED, D, SLOTS, TOKENS, HEADS, STAGES,
         )  # fmt: skip
     else:
         if v_out is not None:  # without it there is no such part, yet it would be compiled
             _prepare(
-                v, v2, None, None, None, None, v_out, None, source, None, None, None, eps, i_tile,
-                stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh, stride_on,
-                stride_lengths, H, P, T, ROWS, FIRST_ROW, ROTATED, None, STEP, False, D, SLOTS,
+                v, v2, None, None, None, None, v_out, None, source, slots, None, None, None, eps,
+                i_tile, stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh, stride_on,
+                stride_lengths, H, P, T, ROWS, N, FIRST_ROW, ROTATED, None, STEP, False, D, SLOTS,
                 TOKENS, HEADS, STAGES,
             )  # fmt: skip
 
@@ -267,15 +278,12 @@ def launch_shape(
 
 
 def can_prepare(
-    streams: Sequence[Stream],
-    rotary: Rotary | None,
-    source: Tensor | None,
-    tile_lengths: Tensor | None,
+    streams: Sequence[Stream], rotary: Rotary | None, source: Tensor | None, lengths: Tensor | None
 ) -> bool:
     """Whether `prepare_qkv` serves this call's precision, shape and norms."""
     like = streams[0].q
     norms = [norm for stream in streams for norm in (stream.q_norm, stream.k_norm)]
-    size = _tile_size(streams, source, tile_lengths)
+    size = 1 if lengths is None else _slot_count(streams, source) // lengths.shape[1]
     return (
         like.dtype in _DTYPES
         and like.shape[3] in _HEAD_DIMS
@@ -291,27 +299,47 @@ def prepare_qkv(
     source: Tensor | None,
     heads_first: bool,
     tile_lengths: Tensor | None,
+    slots: Tensor | None = None,
     settings: LaunchSettings | None = None,
 ) -> Prepared:
     """`prologue.prepare_qkv` where `can_prepare` says yes."""
+    like, count = streams[0].q, _slot_count(streams, source)
+    batch, _, heads, head_dim = like.shape
+    shape = (batch, heads, count, head_dim) if heads_first else (batch, count, heads, head_dim)
+    # v of one stream in the model's order is in place.
+    v = [streams[0].v] if source is None and len(streams) == 1 and not heads_first else []
+    out = [like.new_empty(shape) for _ in range(3 - len(v))]
+    views = out if heads_first else [x.transpose(1, 2) for x in out]
+    tiles = _launch(streams, rotary, source, views, tile_lengths, slots, settings)
+    return Prepared(*out, *v, *tiles)
+
+
+def pool_qk(
+    streams: Sequence[Stream], rotary: Rotary | None, source: Tensor | None, tile_lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`prologue.pool_qk` where `can_prepare` says yes."""
+    return _launch(streams, rotary, source, [], tile_lengths)
+
+
+def _launch(
+    streams: Sequence[Stream],
+    rotary: Rotary | None,
+    source: Tensor | None,
+    out: list[Tensor],
+    lengths: Tensor | None,
+    slots: Tensor | None = None,
+    settings: LaunchSettings | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fill `out`, `[B, H, P, D]` of q, k and v, or q and k, or none; return tiles of q and k."""
     first, second = streams[0], streams[1] if len(streams) == 2 else None
     batch, rows, heads, head_dim = first.q.shape
-    total = rows + (second.q.shape[1] if second else 0)
-    slots = total if source is None else source.numel()
     x, x2 = _aligned(first), _aligned(second) if second else (None,) * 3
-    norm = first.q_norm
-    pool = tile_lengths is not None
-
-    shape = (batch, heads, slots, head_dim) if heads_first else (batch, slots, heads, head_dim)
-    # v of one stream in the model's order is in place.
-    parts = 2 if source is None and second is None and not heads_first else 3
-    out = [first.q.new_empty(shape) for _ in range(parts)]
-    stride_oh, stride_on = (out[0].stride(i if heads_first else 3 - i) for i in (1, 2))
-    tiles = [None, None]
-    if pool:
-        tile_lengths = tile_lengths.contiguous()
-        shape = batch, heads, tile_lengths.shape[1], head_dim
-        tiles = [first.q.new_empty(shape, dtype=torch.float32) for _ in "qk"]
+    norm, count = first.q_norm, _slot_count(streams, source)
+    tiles, num_tiles, parts = (None, None), 0, len(out) or 2
+    if lengths is not None:
+        lengths, num_tiles = lengths.contiguous(), lengths.shape[1]
+        shape = batch, heads, num_tiles, head_dim
+        tiles = tuple(first.q.new_empty(shape, dtype=torch.float32) for _ in "qk")
 
     cos, sin, step, first_row, rotated = None, None, tl.float32, 0, 0
     if rotary is not None:
@@ -320,58 +348,33 @@ def prepare_qkv(
         if not rotary.float32_steps:
             step = _DTYPES[torch.promote_types(first.q.dtype, cos.dtype)]
 
-    size = _tile_size(streams, source, tile_lengths) if pool else None
     if settings is None:
         here = torch.cuda.get_device_capability(first.q.device) if first.q.is_cuda else (8, 0)
         settings = settings_for(here)
-    size, tokens, group = launch_shape(heads, head_dim, size, settings)
+    tile = count // num_tiles if num_tiles else None
+    size, tokens, group = launch_shape(heads, head_dim, tile, settings)
     with torch.cuda.device_of(first.q):
-        prologue_kernel[triton.cdiv(slots, size) * parts, batch](
-            *x,
-            *x2,
-            *_parameters(first, second, "weight"),
-            *_parameters(first, second, "bias"),
-            *out[:2],
-            out[2] if parts == 3 else None,
-            *tiles,
+        prologue_kernel[triton.cdiv(count, size) * parts, batch](
+            *x, *x2, *_parameters(first, second, "weight"), *_parameters(first, second, "bias"),
+            *out, *[None] * (3 - len(out)), *tiles,
             source.contiguous() if source is not None else None,
-            tile_lengths,
-            cos,
-            sin,
-            0.0 if norm is None else norm.eps,
-            *x[0].stride()[:2],
+            slots.contiguous() if slots is not None else None,
+            lengths, cos, sin, 0.0 if norm is None else norm.eps, *x[0].stride()[:2],
             *(x2[0].stride()[:2] if second else (0, 0)),
-            out[0].stride(0),
-            stride_oh,
-            stride_on,
-            tile_lengths.shape[1] if pool and tile_lengths.shape[0] > 1 else 0,
-            heads,
-            slots,
-            tile_lengths.shape[1] if pool else 0,
-            rows,
-            first_row,
-            rotated,
-            NORM=None if norm is None else norm.kind,
-            STEP=step,
-            INTERLEAVED=rotary is not None and rotary.interleaved,
-            D=head_dim,
-            SLOTS=size,
-            TOKENS=tokens,
-            HEADS=group,
-            STAGES=settings.num_stages,
-            PARTS=parts,
-            num_warps=settings.num_warps,
-            # Stock code rounds every product.
-            enable_fp_fusion=False,
-        )
-    return Prepared(*out, *([] if parts == 3 else [first.v]), *tiles)
+            *(out[0].stride()[:3] if out else (0, 0, 0)),
+            num_tiles if num_tiles and lengths.shape[0] > 1 else 0,
+            heads, count, num_tiles, rows, None if slots is None else slots.shape[2],
+            first_row, rotated, NORM=None if norm is None else norm.kind, STEP=step,
+            INTERLEAVED=rotary is not None and rotary.interleaved, D=head_dim, SLOTS=size,
+            TOKENS=tokens, HEADS=group, STAGES=settings.num_stages if out else ALONE_STAGES,
+            PARTS=parts, num_warps=settings.num_warps,
+            enable_fp_fusion=False,  # stock code rounds every product
+        )  # fmt: skip
+    return tiles
 
 
-def _tile_size(streams: Sequence[Stream], source: Tensor | None, lengths: Tensor | None) -> int:
-    if lengths is None:
-        return 1
-    slots = sum(x.q.shape[1] for x in streams) if source is None else source.numel()
-    return slots // lengths.shape[1]
+def _slot_count(streams: Sequence[Stream], source: Tensor | None) -> int:
+    return sum(x.q.shape[1] for x in streams) if source is None else source.numel()
 
 
 def _shape_of(norm: Norm | None) -> tuple | None:

@@ -60,6 +60,7 @@ def compile_for(
         constants=str(constants),
         wgmma="wgmma.mma_async" in ptx,
         half_loads=len(re.findall(r"ld\.global\S*\.b16", ptx)),
+        half_stores=len(re.findall(r"st\.global\S*\.b16", ptx)),
     )
     return report, ptx
 

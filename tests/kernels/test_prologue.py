@@ -11,11 +11,15 @@ from diffusers.models.transformers import transformer_hunyuan_video, transformer
 from kernel_cases import ON_CUDA, assert_close
 from torch import Tensor
 
+from dfsattn_diffusers.kernels import prologue
 from dfsattn_diffusers.kernels.prologue import (
+    NORM_KINDS,
     Norm,
     Prepared,
     Rotary,
     Stream,
+    pool_qk,
+    pool_reference,
     pool_tiles,
     prepare_qkv,
     reference,
@@ -225,27 +229,26 @@ def assert_same(got: Prepared, eager: Prepared, exact: Prepared):
             assert (x == eager[name]).float().mean() > 0.99, name
 
 
-def kernel(streams, rotary=None, source=None, *, heads_first=True, tile_lengths=None):
-    """The kernel, on a CPU too."""
-    assert kernels.can_prepare(streams, rotary, source, tile_lengths)
-    if streams[0].q.is_cuda:
-        return prepare_qkv(
-            streams, rotary, source, heads_first=heads_first, tile_lengths=tile_lengths
-        )
-    return kernels.prepare_qkv(streams, rotary, source, heads_first, tile_lengths)
+def kernel(call, streams, rotary=None, source=None, **options):
+    """`call` by the kernel, on a CPU too."""
+    assert kernels.can_prepare(streams, rotary, source, options.get("tile_lengths"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prologue, "fast", lambda name, x: kernels)
+        return call(streams, rotary, source, **options)
 
 
 def check(case, device, dtype, source=None, **options):
-    def options_on(place):
-        lengths = options.get("tile_lengths")
-        moved = {} if lengths is None else dict(tile_lengths=lengths.to(place))
-        return None if source is None else source.to(place), options | moved
-
-    place, moved = options_on(device)
-    got = kernel(*case.arguments(device, dtype), place, **moved)
+    place = None if source is None else source.to(device)
+    moved = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in options.items()}
+    got = kernel(prepare_qkv, *case.arguments(device, dtype), place, **moved)
     eager = reference(*case.arguments("cpu", dtype), source, **options)
     exact = reference(*case.arguments("cpu", torch.float64), source, **options)
     assert_same(got, eager, exact)
+    if "tile_lengths" in options:
+        tiles = kernel(pool_qk, *case.arguments(device, dtype), place, **moved)
+        assert torch.equal(tiles[0], got.q_tiles) and torch.equal(tiles[1], got.k_tiles)
+        tiles = pool_reference(*case.arguments("cpu", dtype), source, **options)
+        assert torch.equal(tiles[0], eager.q_tiles) and torch.equal(tiles[1], eager.k_tiles)
     return got
 
 
@@ -276,6 +279,44 @@ def test_curve_order_with_tiles(family, device, dtype):
     for x, pooled in ((got.q, got.q_tiles), (got.k, got.k_tiles)):
         pools = (pool_tiles(x.cpu().to(t), lengths) for t in (torch.float64, torch.float32))
         assert_close(pooled.cpu(), *pools)
+
+
+def own_slots(source, heads, make):
+    """`[B, H, N]`, an order for each batch row and head, padding where `source` has it."""
+    real = torch.nonzero(source >= 0).flatten().to(torch.int32)
+    orders = [real[torch.randperm(len(real), generator=make)] for _ in range(BATCH * heads)]
+    return torch.stack(orders).view(BATCH, heads, -1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_head_in_its_own_order(family, device, dtype):
+    case = family(dtype)
+    blocks = dict(tile_size=8, query_block=16, key_block=16)
+    layout = TokenLayout.build(case.geometry, order="hilbert2d", **blocks)
+    slots = own_slots(layout.target, HEADS, torch.Generator().manual_seed(5))
+    got = check(case, device, dtype, layout.target, slots=slots)
+    for x, stock in zip((got.q, got.k, got.v), case.stock):
+        assert x.is_contiguous() and not x[:, :, layout.target < 0].any()
+        rows = x.cpu().gather(2, slots.long()[..., None].expand(-1, -1, -1, x.shape[3]))
+        near = dict(rtol=4 * torch.finfo(dtype).eps, atol=1e-3)
+        assert torch.allclose(rows, stock.transpose(1, 2), **near)
+
+
+@pytest.mark.parametrize("call", [reference, lambda *a, **k: kernel(prepare_qkv, *a, **k)])
+def test_slots_of_one_order_for_all_heads_change_nothing(family, call):
+    case = family(torch.float16)
+    blocks = dict(tile_size=8, query_block=16, key_block=16)
+    layout = TokenLayout.build(case.geometry, order="hilbert3d", **blocks)
+    slots = layout.restore.to(torch.int32).expand(BATCH, HEADS, -1)
+    # Rows may be read in any order, as long as padding stays where it is.
+    padding = layout.target < 0
+    source = layout.target.masked_scatter(~padding, layout.target[~padding].flip(0))
+    wanted = call(*case.arguments(), layout.target)
+    for order in (layout.target, source):
+        got = call(*case.arguments(), order, slots=slots)
+        for name, x in tensors(got).items():
+            assert torch.equal(x, getattr(wanted, name)), name
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -311,6 +352,20 @@ def test_halves_half_tables_and_text_before_video(device, dtype, interleaved, ki
     assert not kernels.can_prepare(*case.arguments("cpu", dtype), source, lengths)
     source = torch.cat([source, torch.full((3,), -1, dtype=torch.int32)])
     check(case, device, dtype, source, tile_lengths=lengths)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [(9,), (3, 6)])
+@pytest.mark.parametrize("rotated", ["halves", "neighbours", None])
+@pytest.mark.parametrize("kind", [*NORM_KINDS, None])
+def test_slots_of_many_heads(device, rows, rotated, kind):
+    make = torch.Generator().manual_seed(6)
+    pairs = tables(make, 5, 64, rotated == "neighbours")
+    rotary = rotated and Rotary(*pairs, 3, rotated == "neighbours")
+    case = plain_case(make, kind and Norm(kind, eps=1e-5), rows, heads=21, rotary=rotary)
+    # Padding anywhere, and a last step with slots that are not there.
+    source = (torch.randperm(14, generator=make) - 5).clamp(min=-1).to(torch.int32)
+    check(case, device, torch.bfloat16, source, slots=own_slots(source, 21, make))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -363,3 +418,15 @@ def test_bad_arguments_say_what_to_do():
     fails(r"source must be int32 \[P\]", (good,), None, torch.arange(4))
     lengths = torch.zeros(1, 3, dtype=torch.int32)
     fails("T a divisor of the 4 slots", (good,), tile_lengths=lengths)
+    with pytest.raises(ValueError, match="T a divisor of the 4 slots"):
+        pool_qk((good,), None, None, lengths)
+
+    order = torch.arange(4, dtype=torch.int32)
+    slots, asked = order.expand(1, 2, 4), ((good,), None, order)
+    fails("slots needs a source of at least 4 slots, got None", slots=slots)
+    fails("at least 4 slots, got .3.; name every row once", (good,), None, order[:3], slots=slots)
+    fails("slots needs heads_first=True, got False; leave", *asked, slots=slots, heads_first=False)
+    for wrong in (slots.long(), slots[:, :1], slots[..., :3], slots[0]):
+        fails(r"slots must be int32 \[1, 2, 4\] on cpu, got", *asked, slots=wrong)
+    options = dict(tile_lengths=lengths[:, :2], slots=slots)
+    fails(r"slots needs tile_lengths None, got \[1, 2\]; pool", *asked, **options)

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .kernels import BlockMap, block_sparse_attention, pool_tail
-from .kernels.prologue import Prepared, Rotary, Stream, prepare_qkv
+from .kernels.prologue import Rotary, Stream, pool_qk, prepare_qkv
 from .layout import TokenLayout
 from .score import pool_spread, score_blocks
-from .selection import Selection, select_blocks
+from .selection import Selection, highest_share, select_blocks
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """What attention reads, in curve order.
+
+    Attributes:
+        q, k, v: `[B, H, P, D]`.
+        choice: `[B, H]` int64, the layout's curve of each head; None for the first.
+        scores: `[B, H, nQv, nK]` float32 block scores, which a new selection needs; else None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    choice: Tensor | None = None
+    scores: Tensor | None = None
 
 
 def prepare(
@@ -19,8 +38,10 @@ def prepare(
     rotary: Rotary | None = None,
     *,
     text_lengths: Tensor | None = None,
-    pooled: bool = True,
-) -> Prepared:
+    scored: bool = True,
+    keep_ratio: float = 1.0,
+    choice: Tensor | None = None,
+) -> Ordered:
     """Queries, keys and values in curve order, from projections in the model's order.
 
     Args:
@@ -28,14 +49,49 @@ def prepare(
         layout: Where the tokens lie.
         rotary: Rows to rotate, after the streams' norms.
         text_lengths: `[B]` valid text tokens per batch row; None means all.
-        pooled: Also pool tiles of queries and keys, which a new selection needs.
+        scored: Also score blocks and, where the layout has several curves, choose each head's by
+            what its highest scores add up to.
+        keep_ratio: Share of the video key blocks whose scores count for that.
+        choice: The heads' curves, where they are known.
     """
-    tile_lengths = layout.lengths(layout.tile_size, text_lengths) if pooled else None
-    return prepare_qkv(streams, rotary, layout.target, tile_lengths=tile_lengths)
+    scores = None
+    if scored and len(layout.targets) > 1:
+        scores, choice = _choose(streams, layout, rotary, text_lengths, keep_ratio)
+    if choice is not None:
+        x = prepare_qkv(streams, rotary, layout.target(), slots=layout.restore(choice))
+        return Ordered(x.q, x.k, x.v, choice, scores)
+    tile_lengths = layout.lengths(layout.tile_size, text_lengths) if scored else None
+    x = prepare_qkv(streams, rotary, layout.target(), tile_lengths=tile_lengths)
+    if scored:
+        scores = _score(x.q_tiles, x.k_tiles, layout, text_lengths)
+    return Ordered(x.q, x.k, x.v, None, scores)
+
+
+def _choose(
+    streams: Sequence[Stream],
+    layout: TokenLayout,
+    rotary: Rotary | None,
+    text_lengths: Tensor | None,
+    keep_ratio: float,
+) -> tuple[Tensor, Tensor]:
+    """Scores along the curve that serves each head best, and which it is. Nothing waits for it."""
+    tile_lengths = layout.lengths(layout.tile_size, text_lengths)
+    scores = most = choice = None
+    for i, target in enumerate(layout.targets):
+        tiles = pool_qk(streams, rotary, target, tile_lengths)
+        new = _score(*tiles, layout, text_lengths)
+        kept = highest_share(new, keep_ratio, layout.video_key_blocks)
+        if scores is None:
+            scores, most, choice = new, kept, torch.zeros_like(kept, dtype=torch.int64)
+            continue
+        better = kept > most
+        scores = torch.where(better[..., None, None], new, scores)
+        most, choice = torch.maximum(kept, most), choice.masked_fill(better, i)
+    return scores, choice
 
 
 def sparse_attention(
-    prepared: Prepared,
+    prepared: Ordered,
     layout: TokenLayout,
     block_map: BlockMap | None = None,
     *,
@@ -51,7 +107,7 @@ def sparse_attention(
     """Attention over the key blocks that matter (DFSAttn, Hu et al., arXiv 2605.23445).
 
     Args:
-        prepared: From `prepare`; pooled where `block_map` is None.
+        prepared: From `prepare`; with scores where `block_map` is None.
         layout: Where the `N` tokens lie.
         block_map: Blocks to keep; None selects them here.
         keep_ratio: Share of video key blocks that a new selection keeps.
@@ -72,10 +128,10 @@ def sparse_attention(
     key_lengths = layout.lengths(layout.key_block, text_lengths)
     selected = None
     if block_map is None:
-        scores, spread = _score(prepared, layout, text_lengths, scale), None
+        spread = None
         if selection == "error":
             spread = _spread(q, k, v, layout, tail_pool, text_lengths, scale)
-        selected = _select(scores, spread, layout, keep_ratio, budget, text_lengths)
+        selected = _select(prepared.scores, spread, layout, keep_ratio, budget, text_lengths)
         block_map = selected.block_map
     pools = None
     if tail is not None:
@@ -91,7 +147,7 @@ def sparse_attention(
         key_lengths=key_lengths.expand(batch, -1),
         full_key_blocks=layout.full_key_blocks,
         tail=pools,
-        output_order=layout.target,
+        output_order=layout.target(prepared.choice),
         out=out.transpose(1, 2),
         precision=precision,
         backend=backend,
@@ -100,18 +156,18 @@ def sparse_attention(
 
 
 def _score(
-    prepared: Prepared, layout: TokenLayout, text_lengths: Tensor | None, scale: float
+    q_tiles: Tensor, k_tiles: Tensor, layout: TokenLayout, text_lengths: Tensor | None
 ) -> Tensor:
     video = layout.video_slots // layout.tile_size
     key_lengths = layout.lengths(layout.tile_size, text_lengths)
     return score_blocks(
-        prepared.q_tiles[:, :, :video].contiguous(),
-        prepared.k_tiles,
+        q_tiles[:, :, :video].contiguous(),
+        k_tiles,
         key_lengths[:, :video],
         key_lengths,
         tiles_per_query_block=layout.query_block // layout.tile_size,
         tiles_per_key_block=layout.key_block // layout.tile_size,
-        scale=scale,
+        scale=q_tiles.shape[-1] ** -0.5,
     )
 
 
@@ -151,7 +207,7 @@ def _select(
         keep_ratio=keep_ratio,
         query_lengths=layout.lengths(layout.query_block, text_lengths),
         key_lengths=layout.lengths(layout.key_block, text_lengths),
-        num_video_key_blocks=-(-layout.geometry.video_tokens // layout.key_block),
+        num_video_key_blocks=layout.video_key_blocks,
         num_text_query_blocks=text // layout.query_block,
         num_text_key_blocks=text // layout.key_block,
         query_block=layout.query_block,

@@ -16,7 +16,9 @@ def visiting_order(name: str, grid: tuple[int, int, int]) -> Tensor:
 
     Args:
         name: "hilbert3d" (space-time Hilbert curve), "hilbert2d" (Hilbert curve in each frame,
-            frames one after the other), "cuboid" (boxes of 4 x 4 x 8 tokens) or "raster".
+            frames one after the other), "hilbert_fw" and "hilbert_fh" (the same in the planes of
+            time and width, row after row, and of time and height, column after column), "cuboid"
+            (boxes of 4 x 4 x 8 tokens) or "raster".
         grid: Frames, height and width in tokens; any sizes of at least 1.
 
     Returns:
@@ -50,8 +52,20 @@ def _hilbert3d(f: Tensor, h: Tensor, w: Tensor, grid: tuple[int, int, int]) -> T
 
 
 def _hilbert2d(f: Tensor, h: Tensor, w: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    index = _hilbert_index([h, w])
-    return f * (int(index.max()) + 1) + index
+    return _in_planes(f, h, w)
+
+
+def _hilbert_fw(f: Tensor, h: Tensor, w: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    return _in_planes(h, f, w)
+
+
+def _hilbert_fh(f: Tensor, h: Tensor, w: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    return _in_planes(w, f, h)
+
+
+def _in_planes(plane: Tensor, *axes: Tensor) -> Tensor:
+    index = _hilbert_index(list(axes))
+    return plane * (int(index.max()) + 1) + index
 
 
 def _cuboid(f: Tensor, h: Tensor, w: Tensor, grid: tuple[int, int, int]) -> Tensor:
@@ -67,7 +81,14 @@ def _raster(f: Tensor, h: Tensor, w: Tensor, grid: tuple[int, int, int]) -> Tens
     return (f * grid[1] + h) * grid[2] + w
 
 
-_CURVES = {"hilbert3d": _hilbert3d, "hilbert2d": _hilbert2d, "cuboid": _cuboid, "raster": _raster}
+_CURVES = {
+    "hilbert3d": _hilbert3d,
+    "hilbert2d": _hilbert2d,
+    "hilbert_fw": _hilbert_fw,
+    "hilbert_fh": _hilbert_fh,
+    "cuboid": _cuboid,
+    "raster": _raster,
+}
 
 
 def _hilbert_index(coordinates: list[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,24 +37,24 @@ class TokenGeometry:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """A `TokenGeometry` cut into blocks along a curve.
+    """A `TokenGeometry` cut into blocks along a curve, or along several to choose from.
 
     Curve order is video along the curve, then text. Each of the two is padded to whole blocks, so
-    that no block mixes them: `P` slots in all. Build it with `TokenLayout.build`.
+    that no block mixes them: `P` slots in all, padding at the same slots along every curve. Build
+    it with `TokenLayout.build`. Where an argument is called `choice`, it is `[B, H]` int64, the
+    curve of each head, or None, the first one for all.
 
     Attributes:
-        source: `[P]` int64, the model's position of each slot; padding repeats an existing token.
-        target: `[P]` int32, the same with -1 for padding.
-        restore: `[N]` int64, the slot of each of the model's positions.
+        targets: `[C, P]` int32, the model's position of each slot along each curve; -1 for padding.
+        restores: `[C, N]` int32, the slot of each of the model's positions.
     """
 
     geometry: TokenGeometry
     tile_size: int
     query_block: int
     key_block: int
-    source: Tensor
-    target: Tensor
-    restore: Tensor
+    targets: Tensor
+    restores: Tensor
     # By size: the text lengths last asked for and the answer, which all layers of a forward share.
     _lengths: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -62,32 +63,32 @@ class TokenLayout:
         cls,
         geometry: TokenGeometry,
         *,
-        order: str,
+        order: str | Sequence[str],
         tile_size: int,
         query_block: int,
         key_block: int,
         device: torch.device | str = "cpu",
     ) -> TokenLayout:
-        """Lay out `geometry` along `order`, on `device`. One of the blocks divides the other."""
+        """Lay out `geometry` along every `order`, on `device`. One block divides the other."""
         block = max(query_block, key_block)
-        video = visiting_order(order, geometry.grid)
-        text = torch.arange(geometry.text_tokens, device="cpu")
-        if geometry.text_first:
-            video = video + geometry.text_tokens
-        else:
-            text = text + geometry.video_tokens
-        target = torch.cat([_pad(video, block), _pad(text, block)])
-        # Padding slots copy a real token, so that they are finite and cost no extra memory.
-        source = torch.where(target < 0, video[0], target)
-        restore = torch.nonzero(target >= 0).flatten()[inverse_order(torch.cat([video, text]))]
+        targets, restores = [], []
+        for name in [order] if isinstance(order, str) else order:
+            video = visiting_order(name, geometry.grid)
+            text = torch.arange(geometry.text_tokens, device="cpu")
+            if geometry.text_first:
+                video = video + geometry.text_tokens
+            else:
+                text = text + geometry.video_tokens
+            target = torch.cat([_pad(video, block), _pad(text, block)])
+            targets.append(target)
+            real = torch.nonzero(target >= 0).flatten()
+            restores.append(real[inverse_order(torch.cat([video, text]))])
         return cls(
             geometry,
             tile_size,
             query_block,
             key_block,
-            source.to(device),
-            target.to(device, torch.int32),
-            restore.to(device),
+            *(torch.stack(x).to(device, torch.int32) for x in (targets, restores)),
         )
 
     @property
@@ -96,20 +97,33 @@ class TokenLayout:
 
     @property
     def slots(self) -> int:
-        return self.source.numel()
+        return self.targets.shape[1]
+
+    @property
+    def video_key_blocks(self) -> int:
+        """Leading key blocks that hold video tokens."""
+        return -(-self.geometry.video_tokens // self.key_block)
 
     @property
     def full_key_blocks(self) -> int:
         """Leading key blocks without padding, whatever the text lengths."""
         return self.geometry.video_tokens // self.key_block
 
-    def to_curve(self, x: Tensor) -> Tensor:
-        """Model order `[B, N, H, D]` to curve order `[B, H, P, D]`, contiguous."""
-        return x.transpose(1, 2).index_select(2, self.source)
+    def target(self, choice: Tensor | None = None) -> Tensor:
+        """`[P]`, or `[B, H, P]` by choice: rows of `targets`."""
+        return self.targets[0 if choice is None else choice]
 
-    def from_curve(self, x: Tensor) -> Tensor:
+    def restore(self, choice: Tensor | None = None) -> Tensor:
+        """`[N]`, or `[B, H, N]` by choice: rows of `restores`."""
+        return self.restores[0 if choice is None else choice]
+
+    def to_curve(self, x: Tensor, choice: Tensor | None = None) -> Tensor:
+        """Model order `[B, N, H, D]` to curve order `[B, H, P, D]`; padding repeats a token."""
+        return _gather(x.transpose(1, 2), self.target(choice).clamp(min=0))
+
+    def from_curve(self, x: Tensor, choice: Tensor | None = None) -> Tensor:
         """Curve order `[B, H, P, D]` back to model order `[B, N, H, D]`; drops padding."""
-        return x.index_select(2, self.restore).transpose(1, 2)
+        return _gather(x, self.restore(choice)).transpose(1, 2)
 
     def lengths(self, size: int, text_lengths: Tensor | None = None) -> Tensor:
         """Number of real tokens in each run of `size` slots.
@@ -128,7 +142,7 @@ class TokenLayout:
         return known[1]
 
     def _make_lengths(self, size: int, text_lengths: Tensor | None) -> Tensor:
-        start = torch.arange(0, self.slots, size, device=self.source.device, dtype=torch.int32)
+        start = torch.arange(0, self.slots, size, device=self.targets.device, dtype=torch.int32)
         is_text = start >= self.video_slots
         if text_lengths is None:
             text_end = start.new_full((1, 1), self.geometry.text_tokens)
@@ -136,6 +150,13 @@ class TokenLayout:
             text_end = text_lengths.to(torch.int32).clamp(max=self.geometry.text_tokens)[:, None]
         end = torch.where(is_text, text_end + self.video_slots, self.geometry.video_tokens)
         return (end - start).clamp(0, size).to(torch.int32)
+
+
+def _gather(x: Tensor, positions: Tensor) -> Tensor:
+    """Rows of `[B, H, R, D]` at `[R']` or `[B, H, R']`."""
+    if positions.ndim == 1:
+        return x.index_select(2, positions)
+    return x.gather(2, positions[..., None].long().expand(-1, -1, -1, x.shape[-1]))
 
 
 def _padded(tokens: int, block: int) -> int:

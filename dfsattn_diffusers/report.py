@@ -41,11 +41,18 @@ class Stopwatch:
 
 @dataclass
 class MapUse:
-    """A block map's statistics, left on the device, and how many calls used it."""
+    """A block map's statistics, left on the device, and the calls that used it.
+
+    Attributes:
+        density, recall: 0-dim.
+        calls: How many.
+        dense: Whether the first of them did dense attention as well.
+    """
 
     density: Tensor
     recall: Tensor
     calls: int = 0
+    dense: bool = False
 
 
 @dataclass
@@ -62,7 +69,8 @@ class RunRecord:
     def summary(self) -> RunReport:
         calls = sum(self.modes.values())
         uses = sum(m.calls for m in self.maps)
-        density = sum(m.calls * float(m.density) for m in self.maps) + self.modes["dense"]
+        density = sum(m.calls * float(m.density) + m.dense for m in self.maps)
+        density += self.modes["dense"]
         recall = sum(m.calls * float(m.recall) for m in self.maps)
         return RunReport(
             num_steps=self.num_steps,

@@ -16,7 +16,8 @@ class Decision:
     """What one attention call does.
 
     Attributes:
-        mode: "dense", "refresh" (compute a map and use it) or "reuse" (use the last map).
+        mode: "dense", "refresh" (compute a map and use it; with a residual, dense as well) or
+            "reuse" (use the last map).
         keep_ratio: Kept share of video key blocks; 1 where dense.
         segment: Refreshes that are due so far, less one; -1 where dense.
         reason: Why the call is dense; empty otherwise.
@@ -41,6 +42,9 @@ def steps_of(fraction: float, num_steps: int) -> int:
 def segment_of(step: int, num_steps: int, config: DFSAttnConfig) -> int:
     """Index of the map that is due in a step, counted from 0; -1 in the dense part."""
     since_dense = step - steps_of(config.dense_fraction, num_steps)
+    if config.residual_pool is not None and config.dense_fraction:
+        # A refresh is dense as well: the last dense step serves.
+        since_dense += 1
     if since_dense < 0:
         return -1
     refreshes = config.refreshes or len(config.keep_ratios)
@@ -84,13 +88,16 @@ def nominal_cost(config: DFSAttnConfig, num_steps: int = 50) -> float:
 
     Long videos come close to it; text, whole blocks and `dense_layers` add to it.
     """
-    dense = steps_of(config.dense_fraction, num_steps)
-    ratios = [
-        config.keep_ratios[min(segment_of(step, num_steps, config), len(config.keep_ratios) - 1)]
-        for step in range(dense, num_steps)
-    ]
-    kept = sum(ratio + (1 - ratio) * config.tail_cost for ratio in ratios)
-    return (dense + kept) / num_steps
+    total, last = 0.0, -1
+    for step in range(num_steps):
+        segment = segment_of(step, num_steps, config)
+        if segment < 0 or segment > last and config.residual_pool is not None:
+            total += 1
+        if segment >= 0:
+            ratio = config.keep_ratios[min(segment, len(config.keep_ratios) - 1)]
+            total += ratio + (1 - ratio) * config.tail_cost
+        last = segment
+    return total / num_steps
 
 
 def config_for_cost(config: DFSAttnConfig, cost: float, num_steps: int = 50) -> DFSAttnConfig:

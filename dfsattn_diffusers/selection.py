@@ -90,6 +90,16 @@ def select_blocks(
     return Selection(block_map, _density(mask, query_lengths, key_lengths), recall)
 
 
+def highest_share(scores: Tensor, keep_ratio: float, num_video_key_blocks: int) -> Tensor:
+    """What the video blocks that each row would keep add up to, `[B, H]`: estimated recall.
+
+    Args as in `select_blocks`, with a budget of each row's own.
+    """
+    video = scores[..., :num_video_key_blocks]
+    mask = _keep_highest(video, row_budget(keep_ratio, num_video_key_blocks), "row")
+    return (video * mask).sum((2, 3)) / scores.sum((2, 3))
+
+
 def _keep_highest(scores: Tensor, kept_per_row: int, budget: str) -> Tensor:
     """Boolean mask of the highest scores: `kept_per_row` in each row, or as many in all."""
     sure = kept_per_row if budget == "row" else max(1, int(kept_per_row * _ROW_FLOOR))

@@ -59,12 +59,27 @@ class Forward:
         return None if self.text is None else self.text.rows.to(device)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What one refresh of a layer leaves for the calls to come.
+
+    Attributes:
+        packed: The block map; None before the first refresh.
+        choice: `[B, H]` the heads' curves, which the map goes with; None for the first.
+        residual: What sparse attention lacked; None without a correction.
+    """
+
+    packed: PackedBlockMap | None = None
+    choice: Tensor | None = None
+    residual: Tensor | None = None
+
+
 @dataclass
-class _CachedMap:
+class _Cached:
     segment: int
     batch: int
     geometry: TokenGeometry
-    packed: PackedBlockMap
+    kept: Kept
     use: MapUse
 
 
@@ -72,7 +87,7 @@ class DFSAttnState:
     """State of one pipeline, shared by the processors of all its transformers.
 
     The hook says where a generation stands (`begin_run`, `begin_forward`, `end_forward`);
-    processors ask what to do (`decide`, `layout`, `block_map`) and hand back what they selected
+    processors ask what to do (`decide`, `layout`, `kept`) and hand back what they selected
     (`store`). Nothing here reads from the device.
 
     Args:
@@ -84,10 +99,10 @@ class DFSAttnState:
         self.forward: Forward | None = None
         # Device, dtype and head dim of calls that the backend is known to serve.
         self.served: set[tuple] = set()
-        # Told layer, query, key and map of every sparse call; see `analysis.record_attention`.
-        self.observer: Callable[[int, Tensor, Tensor, BlockMap], None] | None = None
+        # Told layer, query, key, map and curves of every sparse call, for `analysis`.
+        self.observer: Callable[[int, Tensor, Tensor, BlockMap, Tensor | None], None] | None = None
         self._runs: deque[RunRecord] = deque(maxlen=_REMEMBERED_RUNS)
-        self._maps: dict[tuple[str, int, str], _CachedMap] = {}
+        self._maps: dict[tuple[str, int, str], _Cached] = {}
         self._layouts: dict[tuple[TokenGeometry, torch.device], TokenLayout] = {}
         self._stopwatch: Stopwatch | None = None
 
@@ -162,30 +177,29 @@ class DFSAttnState:
             )
         return self._layouts[key]
 
-    def block_map(self, layer: int, batch: int) -> BlockMap:
-        """The map that `decide` said to reuse."""
+    def kept(self, layer: int, batch: int) -> Kept:
+        """What `decide` said to reuse."""
         cached = self._cached(layer, batch)
         cached.use.calls += 1
         self._runs[-1].modes["reuse"] += 1
-        return cached.packed.unpack()
+        return cached.kept
 
-    def store(self, layer: int, batch: int, segment: int, selection: Selection) -> None:
+    def store(self, layer: int, batch: int, segment: int, selection: Selection, kept: Kept) -> None:
         """Keep a new selection for the calls to come."""
         # The tail does a little work for everything that is not kept.
         tail = self.config.tail_cost
         density = selection.density * (1 - tail) + tail
-        use = MapUse(density, selection.recall, calls=1)
+        use = MapUse(density, selection.recall, calls=1, dense=kept.residual is not None)
         self._runs[-1].modes["refresh"] += 1
         self._runs[-1].maps.append(use)
-        self._maps[self._key(layer)] = _CachedMap(
-            segment, batch, self.forward.geometry, selection.block_map.pack(), use
-        )
+        geometry = self.forward.geometry
+        self._maps[self._key(layer)] = _Cached(segment, batch, geometry, kept, use)
 
     def _key(self, layer: int) -> tuple[str, int, str]:
         branch = "" if self.config.share_maps_across_branches else self.forward.position.branch
         return self.forward.model, layer, branch
 
-    def _cached(self, layer: int, batch: int) -> _CachedMap | None:
+    def _cached(self, layer: int, batch: int) -> _Cached | None:
         cached = self._maps.get(self._key(layer))
         fits = cached and cached.batch == batch and cached.geometry == self.forward.geometry
         return cached if fits else None

@@ -52,7 +52,7 @@ class Problem:
         self.geometry = TokenGeometry(shape.grid, shape.text_tokens, shape.text_first)
         blocks = dict(tile_size=TILE, query_block=BLOCK, key_block=BLOCK)
         layout = TokenLayout.build(self.geometry, order="hilbert3d", **blocks, device="cuda")
-        self.source, self.tile_lengths = layout.target, layout.lengths(TILE)
+        self.source, self.tile_lengths = layout.target(), layout.lengths(TILE)
         kinds = dict(device="cuda", dtype=dtype)
 
         def norm():

@@ -40,7 +40,8 @@ def in_place_of_ours(rule):
     costs = []
 
     def attend(prepared, layout, *_, keep_ratio, text_lengths=None, **__):
-        x = (layout.from_curve(x) for x in (prepared.q, prepared.k, prepared.v))
+        x = (prepared.q, prepared.k, prepared.v)
+        x = (layout.from_curve(part, prepared.choice) for part in x)
         q, k, v = (part.transpose(1, 2) for part in x)
         # The paper rounds down to whole blocks: no rule shall have more.
         blocks = -(-layout.geometry.video_tokens // BLOCK)

@@ -211,7 +211,7 @@ def test_one_call(device, geometry, blocks):
         prepared, layout, keep_ratio=0.4, budget="layer", text_lengths=text_lengths
     )
     chosen = range(-(-geometry.video_tokens // blocks[0]))
-    call = (2 * q, k, layout, selection.block_map)
+    call = (prepared.q, prepared.k, layout, selection.block_map)
     measures = measure_recall(*call, chosen, text_lengths)
     assert measures.recall.shape == (2, 3, len(chosen))
     close = dict(atol=1e-5, rtol=0)
@@ -238,7 +238,7 @@ def real_calls(pipe):
     with enable_dfsattn(pipe, SPARSE) as handle:
         state = handle.state
 
-        def keep(layer, query, key, block_map):
+        def keep(layer, query, key, block_map, choice):
             lengths = state.forward.text_lengths(state.forward.device)
             calls.append((query, key, state.layout(query.device), block_map, lengths))
 
@@ -257,7 +257,8 @@ def test_real_queries_and_keys(family):
         measures = measure_recall(query, key, layout, block_map, chosen, text_lengths)
 
         # In the model's order, without a curve: who may see whom, and the whole softmax.
-        slot = layout.restore
+        slot = layout.restore()
+        query, key = map(layout.from_curve, (query, key))
         kept = block_map.to_mask()[:, :, slot // size][..., slot // layout.key_block]
         logits = torch.einsum("bqhd,bkhd->bhqk", query.double(), key.double())
         logits = logits * query.shape[-1] ** -0.5
@@ -285,7 +286,7 @@ def test_frame_starts(order, text_first):
     grid = (9, 5, 9)
     geometry = TokenGeometry(grid, text_tokens=4, text_first=text_first)
     layout = TokenLayout.build(geometry, order=order, tile_size=4, query_block=8, key_block=8)
-    frame = (layout.source[: geometry.video_tokens] - 4 * text_first) // (grid[1] * grid[2])
+    frame = (layout.target()[: geometry.video_tokens] - 4 * text_first) // (grid[1] * grid[2])
     wanted = [s for s in range(1, len(frame)) if frame[:s].max() < frame[s:].min()]
     assert list(frame_starts(layout)) == wanted
     if order in ("raster", "hilbert2d"):

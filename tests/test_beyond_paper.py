@@ -64,7 +64,7 @@ def test_output_is_kept_keys_and_pools_of_the_rest(tail, text, first):
         tail_pool=8,
         text_lengths=text_lengths,
     )
-    mask, order = selected.block_map.to_mask(), layout.target.tolist()
+    mask, order = selected.block_map.to_mask(), layout.target().tolist()
     for b, h in ((0, 0), (1, 1)):
         lengths = layout.lengths(16, text_lengths).expand(2, -1)[b].tolist()
         blocks = [order[16 * i : 16 * i + n] for i, n in enumerate(lengths)]

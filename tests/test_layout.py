@@ -28,9 +28,9 @@ def test_reorder_then_restore_is_identity(grid, text):
 def test_target_scatters_to_the_models_order(text):
     layout = build((5, 9, 11), text)
     x = torch.randn(2, layout.geometry.tokens, 2, 3)
-    curve, real = layout.to_curve(x), layout.target >= 0
+    curve, real = layout.to_curve(x), layout.target() >= 0
     out = torch.full_like(x, float("nan"))
-    out[:, layout.target[real].long()] = curve[:, :, real].transpose(1, 2)
+    out[:, layout.target()[real].long()] = curve[:, :, real].transpose(1, 2)
     assert torch.equal(out, x)
     assert curve.isfinite().all()
 
@@ -40,10 +40,10 @@ def test_target_scatters_to_the_models_order(text):
 def test_text_and_video_never_share_a_block(text, blocks):
     layout = build((5, 9, 11), text, *blocks)
     first_text = 0 if text[1] else layout.geometry.video_tokens
-    is_text = (layout.target >= first_text) & (layout.target < first_text + text[0])
+    is_text = (layout.target() >= first_text) & (layout.target() < first_text + text[0])
     for size in (16, *blocks):
         kinds = is_text.view(-1, size)
-        real = (layout.target >= 0).view(-1, size)
+        real = (layout.target() >= 0).view(-1, size)
         assert not ((kinds & real).any(1) & (~kinds & real).any(1)).any()
         assert torch.equal(layout.lengths(size)[0], real.sum(1).int())
         # Real tokens come first in every block.

@@ -45,7 +45,8 @@ class MapView:
     Attributes:
         mask: `[B, nQ, nK]` bool, kept blocks.
         scores: `[B, nQv, nK]` block scores of the video's query blocks.
-        frames: Slots at which a frame begins that no earlier slot belongs to.
+        frames: Slots at which a frame begins that no earlier slot belongs to, in the first batch
+            row.
         text: Slot at which text begins; None without text.
         query_block, key_block: Slots per block.
     """
@@ -69,25 +70,25 @@ def measure_recall(
     """Measure a block map on some of the video's query blocks. Nothing waits for the device.
 
     Args:
-        query, key: `[B, N, H, D]` in the model's order, as `sparse_attention` gets them.
+        query, key: `[B, H, P, D]` in curve order, as `sparse_attention` gets them.
         layout: Where the `N` tokens lie.
         block_map: Kept blocks.
         query_blocks: The `M` query blocks, each with at least one video token.
         text_lengths: `[B]` valid text tokens per batch row; None means all.
     """
     scale, size = query.shape[-1] ** -0.5, layout.query_block
-    k, key_lengths = layout.to_curve(key), layout.lengths(layout.key_block, text_lengths)
+    key_lengths = layout.lengths(layout.key_block, text_lengths)
     tile_lengths = layout.lengths(layout.tile_size, text_lengths)
     tiles_per_block = layout.key_block // layout.tile_size
     kept = block_map.to_mask()
-    scores = _scores(query, k, layout, query_blocks, text_lengths, scale)
-    radius = key_radius(k, key_lengths)[:, :, None]
+    scores = _scores(query, key, layout, query_blocks, text_lengths, scale)
+    radius = key_radius(key, key_lengths)[:, :, None]
     per_block = []
     for i, block in enumerate(query_blocks):
         end = min(layout.geometry.video_tokens, (block + 1) * size)
-        q = _rows(query, layout.source[block * size : end])
+        q = query[:, :, block * size : end]
         mask = kept[:, :, block : block + 1]
-        tiles = block_logits(q, k, tile_lengths, scale=scale)
+        tiles = block_logits(q, key, tile_lengths, scale=scale)
         blocks = tiles.joined(tile_lengths, tiles_per_block)
         reach = scale * q.to(radius.dtype).norm(dim=-1)[..., None] * radius
         in_blocks = key_lengths[:, None, None], mask
@@ -122,34 +123,36 @@ def view_map(
     block_map: BlockMap,
     head: int,
     text_lengths: Tensor | None = None,
+    choice: Tensor | None = None,
 ) -> MapView:
     """The block map of one head beside the scores of its current queries and keys.
 
-    Args as in `measure_recall`. Waits for the device.
+    Args as in `measure_recall`; `choice` is `[B, H]`, the curve of each head, or None for the
+    first. Waits for the device.
 
     Raises:
         ValueError: There is no such head.
     """
-    if not 0 <= head < query.shape[2]:
-        raise ValueError(f"head must be from 0 to {query.shape[2] - 1}, got {head}")
-    query, key = query[:, :, head : head + 1], key[:, :, head : head + 1]
+    if not 0 <= head < query.shape[1]:
+        raise ValueError(f"head must be from 0 to {query.shape[1] - 1}, got {head}")
+    query, key = query[:, head : head + 1], key[:, head : head + 1]
     blocks = range(layout.video_slots // layout.query_block)
     scale = query.shape[-1] ** -0.5
-    scores = _scores(query, layout.to_curve(key), layout, blocks, text_lengths, scale)
+    scores = _scores(query, key, layout, blocks, text_lengths, scale)
     return MapView(
         mask=block_map.to_mask()[:, head].cpu(),
         scores=scores[:, 0].cpu(),
-        frames=frame_starts(layout),
+        frames=frame_starts(layout, 0 if choice is None else int(choice[0, head])),
         text=layout.video_slots if layout.geometry.text_tokens else None,
         query_block=layout.query_block,
         key_block=layout.key_block,
     )
 
 
-def frame_starts(layout: TokenLayout) -> tuple[int, ...]:
+def frame_starts(layout: TokenLayout, curve: int = 0) -> tuple[int, ...]:
     """Slots at which all later video tokens belong to later frames than all earlier ones do."""
     geometry = layout.geometry
-    position = layout.source[: geometry.video_tokens].cpu()
+    position = layout.targets[curve, : geometry.video_tokens].cpu()
     if geometry.text_first:
         position = position - geometry.text_tokens
     frame = position // (geometry.grid[1] * geometry.grid[2])
@@ -158,30 +161,25 @@ def frame_starts(layout: TokenLayout) -> tuple[int, ...]:
     return tuple((torch.nonzero(earliest_after > latest_before).flatten() + 1).tolist())
 
 
-def _rows(x: Tensor, positions: Tensor) -> Tensor:
-    """Tokens of `[B, N, H, D]` at the model's positions `[R]`, as `[B, H, R, D]`."""
-    return x.transpose(1, 2).index_select(2, positions)
-
-
 def _scores(
     query: Tensor,
-    k: Tensor,
+    key: Tensor,
     layout: TokenLayout,
     query_blocks: Sequence[int],
     text_lengths: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Block scores of some query blocks, `[B, H, M, nK]`; keys are in curve order already."""
+    """Block scores of some query blocks, `[B, H, M, nK]`."""
     tile, size = layout.tile_size, layout.query_block
-    source = torch.cat([layout.source[b * size : (b + 1) * size] for b in query_blocks])
+    queries = torch.cat([query[:, :, b * size : (b + 1) * size] for b in query_blocks], 2)
     key_lengths = layout.lengths(tile, text_lengths)
     per_block = size // tile
     query_lengths = torch.cat(
         [key_lengths[:, b * per_block : (b + 1) * per_block] for b in query_blocks], 1
     )
     return score_blocks(
-        pool_tiles(_rows(query, source), query_lengths),
-        pool_tiles(k, key_lengths),
+        pool_tiles(queries, query_lengths),
+        pool_tiles(key, key_lengths),
         query_lengths,
         key_lengths,
         tiles_per_query_block=per_block,

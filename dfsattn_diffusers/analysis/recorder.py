@@ -106,7 +106,9 @@ def record_attention(
     generator = torch.Generator("cpu").manual_seed(seed)
     records: list[AttentionRecord] = []
 
-    def observe(layer: int, query: Tensor, key: Tensor, block_map: BlockMap) -> None:
+    def observe(
+        layer: int, query: Tensor, key: Tensor, block_map: BlockMap, choice: Tensor | None
+    ) -> None:
         forward = state.forward
         if layers is not None and layer not in layers:
             return
@@ -125,7 +127,7 @@ def record_attention(
                 map_density(block_map, layout, text_lengths),
                 measure_recall(query, key, layout, block_map, query_blocks, text_lengths),
                 {
-                    head: view_map(query, key, layout, block_map, head, text_lengths)
+                    head: view_map(query, key, layout, block_map, head, text_lengths, choice)
                     for chosen, head in views
                     if chosen == layer
                 },

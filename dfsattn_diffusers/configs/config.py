@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ORDERS = ("hilbert3d", "hilbert2d", "cuboid", "raster")
+from .checks import as_tuple, check_fraction, check_int
+from .files import read_fields, write_fields
+
+ORDERS = ("hilbert3d", "hilbert2d", "hilbert_fw", "hilbert_fh", "cuboid", "raster")
 BUDGETS = ("row", "head", "layer")
 SELECTIONS = ("mass", "error")
 TAILS = (None, "mean", "moment")
 PRECISIONS = ("full", "fp8")
 _CHOICES = {
-    "order": ORDERS,
     "budget": BUDGETS,
     "selection": SELECTIONS,
     "tail": TAILS,
@@ -40,8 +41,10 @@ class DFSAttnConfig:
         refreshes: Number of times the block maps are computed, or None for one per keep ratio.
             A new map follows the video better; each costs about as much as a few key blocks.
         refresh_interval: Share of the run between two refreshes; in (0, 1].
-        order: Curve along which video tokens are grouped into blocks: "hilbert3d", and for
-            comparison "hilbert2d" (per frame), "cuboid" (3-D boxes) and "raster".
+        order: Curve along which video tokens are grouped into blocks: "hilbert3d" (space-time),
+            "hilbert2d" (per frame), "hilbert_fw" and "hilbert_fh" (in planes of time and width, of
+            time and height), and for comparison "cuboid" (3-D boxes) and "raster". Of several,
+            each head takes the one whose kept blocks hold most of its estimated attention.
         tile_size: Tokens averaged into one tile for scoring; finer scores better, costs more.
         query_block: Query tokens that share one selection.
         key_block: Key tokens kept or dropped together.
@@ -54,6 +57,10 @@ class DFSAttnConfig:
         selection: Ranking of blocks: "mass" is estimated attention mass; "error", for use with a
             tail, is mass times the spread of logits and of values within the pools, so that what
             the tail would get most wrong is kept.
+        residual_pool: Queries that share a correction, None for no correction. With it a refresh
+            is dense as well; what the sparse output lacks there, averaged over so many queries in
+            curve order, is added to the sparse outputs until the next refresh. 1 is the closest
+            and keeps an attention output in memory for every layer and branch; 128 takes 1/128.
         dense_layers: Indices of layers that stay dense in every step.
         min_tokens: With fewer video tokens than this, attention stays dense.
         share_maps_across_branches: Use the first guidance branch's map for the others too, where
@@ -71,7 +78,7 @@ class DFSAttnConfig:
     keep_ratios: tuple[float, ...] = (0.3, 0.2, 0.1)
     refreshes: int | None = None
     refresh_interval: float = 0.25
-    order: str = "hilbert3d"
+    order: str | tuple[str, ...] = "hilbert3d"
     tile_size: int = 16
     query_block: int = 128
     key_block: int = 128
@@ -79,6 +86,7 @@ class DFSAttnConfig:
     tail_pool: int = 64
     budget: str = "row"
     selection: str = "mass"
+    residual_pool: int | None = None
     dense_layers: tuple[int, ...] = ()
     min_tokens: int = 0
     share_maps_across_branches: bool = False
@@ -87,12 +95,13 @@ class DFSAttnConfig:
 
     def __post_init__(self):
         for name in ("keep_ratios", "dense_layers"):
-            object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
-        _check_fraction("dense_fraction", self.dense_fraction, zero_allowed=True)
-        _check_fraction("refresh_interval", self.refresh_interval)
+            object.__setattr__(self, name, as_tuple(name, getattr(self, name)))
+        check_fraction("dense_fraction", self.dense_fraction, zero_allowed=True)
+        check_fraction("refresh_interval", self.refresh_interval)
         self._check_keep_ratios()
+        self._check_order()
         if self.refreshes is not None:
-            _check_int("refreshes", self.refreshes, least=len(self.keep_ratios))
+            check_int("refreshes", self.refreshes, least=len(self.keep_ratios))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -105,9 +114,10 @@ class DFSAttnConfig:
                 'selection "error" ranks blocks by what the tail gets wrong; got tail=None. Set '
                 'tail="mean" or "moment", or selection="mass".'
             )
+        self._check_residual()
         for layer in self.dense_layers:
-            _check_int("dense_layers", layer, least=0)
-        _check_int("min_tokens", self.min_tokens, least=0)
+            check_int("dense_layers", layer, least=0)
+        check_int("min_tokens", self.min_tokens, least=0)
         if not isinstance(self.share_maps_across_branches, bool):
             raise TypeError(
                 "share_maps_across_branches must be True or False; got "
@@ -120,16 +130,41 @@ class DFSAttnConfig:
         if not self.keep_ratios:
             raise ValueError("keep_ratios must hold at least one value in (0, 1]; got none.")
         for ratio in self.keep_ratios:
-            _check_fraction("keep_ratios", ratio)
+            check_fraction("keep_ratios", ratio)
         if any(later > earlier for earlier, later in zip(self.keep_ratios, self.keep_ratios[1:])):
             raise ValueError(
                 f"keep_ratios must not rise along the run; got {self.keep_ratios}. Put the "
                 "largest first."
             )
 
+    def _check_order(self) -> None:
+        if not isinstance(self.order, str):
+            object.__setattr__(self, "order", as_tuple("order", self.order, "names"))
+        names = (self.order,) if isinstance(self.order, str) else self.order
+        if not set(names) <= set(ORDERS) or len(set(names)) != len(names) or not names:
+            raise ValueError(
+                f"order must be one of {', '.join(ORDERS)}, or several different ones of them; got "
+                f"{self.order!r}."
+            )
+
+    def _check_residual(self) -> None:
+        if self.residual_pool is None:
+            return
+        check_int("residual_pool", self.residual_pool, least=1)
+        if self.query_block % self.residual_pool:
+            raise ValueError(
+                f"residual_pool must divide query_block; got residual_pool {self.residual_pool} "
+                f"and query_block {self.query_block}."
+            )
+        if self.share_maps_across_branches:
+            raise ValueError(
+                "residual_pool needs dense attention in every branch, which maps that are shared "
+                "across branches save; set share_maps_across_branches=False or residual_pool=None."
+            )
+
     def _check_blocks(self) -> None:
         for name in ("tile_size", "query_block", "key_block", "tail_pool"):
-            _check_int(name, getattr(self, name), least=1)
+            check_int(name, getattr(self, name), least=1)
         for name in ("query_block", "key_block"):
             if getattr(self, name) % self.tile_size:
                 raise ValueError(
@@ -182,59 +217,9 @@ class DFSAttnConfig:
 
     def save(self, path: str | Path) -> None:
         """Write the config to a `.json`, `.yaml` or `.yml` file."""
-        path = Path(path)
-        if _is_yaml(path):
-            text = _import_yaml().safe_dump(self.to_dict(), sort_keys=False)
-        else:
-            text = json.dumps(self.to_dict(), indent=2) + "\n"
-        path.write_text(text, encoding="utf-8")
+        write_fields(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> DFSAttnConfig:
         """Read a config from a `.json`, `.yaml` or `.yml` file; fields left out keep defaults."""
-        path = Path(path)
-        reader = _import_yaml().safe_load if _is_yaml(path) else json.loads
-        values = reader(path.read_text(encoding="utf-8"))
-        if not isinstance(values, Mapping):
-            raise ValueError(
-                f"{path} must hold one mapping of config fields; got {type(values).__name__}."
-            )
-        return cls.from_dict(values)
-
-
-def _as_tuple(name: str, value: Any) -> tuple:
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
-        raise TypeError(f"{name} must be a sequence of numbers; got {value!r}.")
-    return tuple(value)
-
-
-def _check_fraction(name: str, value: Any, zero_allowed: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number; got {value!r}.")
-    if not (0 < value <= 1 or (zero_allowed and value == 0)):
-        interval = "[0, 1]" if zero_allowed else "(0, 1]"
-        raise ValueError(f"{name} must lie in {interval}; got {value!r}.")
-
-
-def _check_int(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number; got {value!r}.")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}; got {value}.")
-
-
-def _is_yaml(path: Path) -> bool:
-    suffix = path.suffix.lower()
-    if suffix not in (".json", ".yaml", ".yml"):
-        raise ValueError(f"A config file ends in .json, .yaml or .yml; got {str(path)!r}.")
-    return suffix != ".json"
-
-
-def _import_yaml():
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError(
-            "YAML config files need PyYAML: pip install 'dfsattn_diffusers[yaml]', or use .json."
-        ) from error
-    return yaml
+        return cls.from_dict(read_fields(Path(path)))

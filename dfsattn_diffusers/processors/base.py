@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from ..attention import prepare, sparse_attention
 from ..kernels import BlockMap, block_sparse_attention
 from ..kernels.prologue import Rotary, Stream, prepare_qkv, reference
-from ..state import DFSAttnState
+from ..kernels.residual import add_residual, measure_residual
+from ..state import DFSAttnState, Kept
 from .opaque import layer_handle, opaque_attend
 
 
@@ -89,21 +90,23 @@ class LayerProcessor:
             return self._attend_dense(streams, rotary, attention_mask, mask_is_text_padding)
         layout, text = state.layout(like.device), state.forward.text_lengths(like.device)
         reuse = decision.mode == "reuse"
-        block_map = state.block_map(self.layer, like.shape[0]) if reuse else None
-        prepared = prepare(streams, layout, rotary, text_lengths=text, pooled=not reuse)
-        out, selected = sparse_attention(
-            prepared,
-            layout,
-            block_map,
-            keep_ratio=decision.keep_ratio,
-            text_lengths=text,
-            **state.config.per_call(),
-        )
+        kept = state.kept(self.layer, like.shape[0]) if reuse else Kept()
+        now = dict(text_lengths=text, keep_ratio=decision.keep_ratio)
+        x = prepare(streams, layout, rotary, scored=not reuse, choice=kept.choice, **now)
+        block_map = kept.packed.unpack() if reuse else None
+        out, selected = sparse_attention(x, layout, block_map, **now, **state.config.per_call())
         if selected is not None:
-            state.store(self.layer, like.shape[0], decision.segment, selected)
-            block_map = selected.block_map
+            block_map, residual, pool = selected.block_map, None, state.config.residual_pool
+            if pool is not None:
+                exact = self._attend_dense(streams, rotary, attention_mask, mask_is_text_padding)
+                rows, lengths = layout.target(x.choice), layout.lengths(pool, text)
+                residual, out = measure_residual(exact, out, rows, lengths), exact
+            kept = Kept(block_map.pack(), x.choice, residual)
+            state.store(self.layer, like.shape[0], decision.segment, selected, kept)
+        elif kept.residual is not None:
+            add_residual(out, kept.residual, layout.restore(x.choice), layout.slots)
         if state.observer is not None:
-            state.observer(self.layer, *map(layout.from_curve, (prepared.q, prepared.k)), block_map)
+            state.observer(self.layer, x.q, x.k, block_map, x.choice)
         return out
 
     def _attend_dense(self, streams, rotary, attention_mask, mask_is_text_padding) -> Tensor:

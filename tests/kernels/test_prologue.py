@@ -269,8 +269,8 @@ def test_curve_order_with_tiles(family, device, dtype):
     layout = TokenLayout.build(case.geometry, order="hilbert3d", **blocks)
     text_lengths = torch.tensor([3, 0]) if case.geometry.text_tokens else None
     lengths = layout.lengths(8, text_lengths)
-    got = check(case, device, dtype, layout.target, tile_lengths=lengths)
-    padding = layout.target < 0
+    got = check(case, device, dtype, layout.target(), tile_lengths=lengths)
+    padding = layout.target() < 0
     assert padding.any()
     for x, stock in zip((got.q, got.k, got.v), case.stock):
         assert x.is_contiguous() and not x[:, :, padding].any()

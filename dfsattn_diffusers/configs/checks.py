@@ -1,0 +1,26 @@
+"""Checks of single values, with messages that say what was wanted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def as_tuple(name: str, value: Any, of: str = "numbers") -> tuple:
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        raise TypeError(f"{name} must be a sequence of {of}; got {value!r}.")
+    return tuple(value)
+
+
+def check_fraction(name: str, value: Any, zero_allowed: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {value!r}.")
+    if not (0 < value <= 1 or (zero_allowed and value == 0)):
+        interval = "[0, 1]" if zero_allowed else "(0, 1]"
+        raise ValueError(f"{name} must lie in {interval}; got {value!r}.")
+
+
+def check_int(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number; got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}.")

@@ -1,0 +1,67 @@
+"""What sparse attention lacked when both were computed, kept to correct later outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .fast import fast
+from .prologue import pool_tiles
+
+# Largest slice of the outputs in curve order that is in memory at a time.
+_CHUNK_BYTES = 256 * 2**20
+
+
+def measure_residual(exact: Tensor, out: Tensor, rows: Tensor, lengths: Tensor) -> Tensor:
+    """Means of `exact - out` over runs of slots.
+
+    Args:
+        exact, out: `[B, N, H, D]` attention without and with blocks left out.
+        rows: `[P]` or `[B, H, P]` int32, the row of each slot; -1 for padding.
+        lengths: `[B or 1, R]` int32, real tokens at the front of each of `R` equal runs.
+
+    Returns:
+        `[B, H, R, D]` of the outputs' dtype; 0 for a run without tokens.
+
+    Source: window attention with its residual to full attention, shared between steps: Yuan et
+    al., DiTFastAttn, arXiv 2406.08552. Here it is that of block-sparse attention, pooled.
+    """
+    batch, _, heads, head_dim = out.shape
+    residual = out.new_empty(batch, heads, lengths.shape[1], head_dim)
+    row_bytes = 4 * batch * rows.shape[-1] * head_dim
+    step = max(1, _CHUNK_BYTES // row_bytes)
+    rows = rows.clamp(min=0).long()
+    for start in range(0, heads, step):
+        part = slice(start, start + step)
+        at = rows if rows.ndim == 1 else rows[:, part, :, None].expand(-1, -1, -1, head_dim)
+        lack = _at(exact[:, :, part], at).float() - _at(out[:, :, part], at)
+        residual[:, part] = pool_tiles(lack, lengths)
+    return residual
+
+
+def add_residual(out: Tensor, residual: Tensor, slots: Tensor, num_slots: int) -> None:
+    """Add to every row the residual of its run, in place.
+
+    Args:
+        out: `[B, N, H, D]`.
+        residual: `[B, H, R, D]` of its dtype, from `measure_residual`.
+        slots: `[N]` or `[B, H, N]` int32, the slot of each row.
+        num_slots: Slots of all `R` runs.
+    """
+    pool = num_slots // residual.shape[2]
+    kernels, head_dim = fast("residual_kernels", out), out.shape[3]
+    if kernels and head_dim & (head_dim - 1) == 0 and out.stride(3) == 1:
+        kernels.add(out, residual, slots, pool)
+        return
+    runs = slots // pool
+    if runs.ndim == 1:
+        out += residual.index_select(2, runs).transpose(1, 2)
+    else:
+        at = runs[..., None].long().expand(-1, -1, -1, head_dim)
+        out += residual.gather(2, at).transpose(1, 2)
+
+
+def _at(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of `[B, N, H, D]`, as `[B, H, P, D]`."""
+    x = x.transpose(1, 2)
+    return x.index_select(2, rows) if rows.ndim == 1 else x.gather(2, rows)

@@ -42,13 +42,15 @@ def steps_of(fraction: float, num_steps: int) -> int:
 def segment_of(step: int, num_steps: int, config: DFSAttnConfig) -> int:
     """Index of the map that is due in a step, counted from 0; -1 in the dense part."""
     since_dense = step - steps_of(config.dense_fraction, num_steps)
-    if config.residual_pool is not None and config.dense_fraction:
-        # A refresh is dense as well: the last dense step serves.
-        since_dense += 1
+    interval = steps_of(config.refresh_interval, num_steps)
+    if config.residual_pool is not None:
+        # A refresh is dense as well: the last dense step serves, and never two in a row.
+        since_dense += config.dense_fraction > 0
+        interval = max(interval, 2)
     if since_dense < 0:
         return -1
     refreshes = config.refreshes or len(config.keep_ratios)
-    return min(since_dense // steps_of(config.refresh_interval, num_steps), refreshes - 1)
+    return min(since_dense // interval, refreshes - 1)
 
 
 def decide(

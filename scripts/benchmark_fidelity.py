@@ -94,6 +94,10 @@ class Benchmark:
                     f"{self.args.output} was measured with {name} {data[name]}, this is "
                     f"{new[name]}: name another --output"
                 )
+        for run in data["runs"]:
+            if run["config"] is not None:
+                # Fields that came later have their defaults.
+                run["config"] = resolve_config(run["config"]).to_dict()
         data["prompts"] = max(data["prompts"], self.prompts, key=len)
         return data
 

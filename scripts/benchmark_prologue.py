@@ -20,6 +20,7 @@ from dfsattn_diffusers.kernels.prologue import Norm, Rotary, Stream, prepare_qkv
 from dfsattn_diffusers.layout import TokenGeometry, TokenLayout
 
 BLOCK, TILE = 128, 16
+ORDERS = ("hilbert3d", "hilbert2d")
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,10 @@ class Problem:
     def __init__(self, shape, dtype):
         self.geometry = TokenGeometry(shape.grid, shape.text_tokens, shape.text_first)
         blocks = dict(tile_size=TILE, query_block=BLOCK, key_block=BLOCK)
-        layout = TokenLayout.build(self.geometry, order="hilbert3d", **blocks, device="cuda")
+        layout = TokenLayout.build(self.geometry, order=ORDERS, **blocks, device="cuda")
         self.source, self.tile_lengths = layout.target(), layout.lengths(TILE)
+        # Heads take turns.
+        self.slots = layout.restore(torch.arange(shape.heads)[None] % len(ORDERS))
         kinds = dict(device="cuda", dtype=dtype)
 
         def norm():
@@ -76,6 +79,7 @@ class Problem:
         return {
             "curve order": ordered,
             "curve order and tiles": ordered | dict(tile_lengths=self.tile_lengths),
+            "order by head": ordered | dict(slots=self.slots),
             "model order": dict(rotary=self.rotary, heads_first=False),
         }[name]
 
@@ -119,7 +123,7 @@ def moved_bytes(problem, arguments, out):
     in_place = any(out.v is stream.v for stream in problem.streams)
     inputs = inputs[:2] if in_place else inputs
     outputs = [x for name, x in parts(out).items() if not (in_place and name == "v")]
-    tables = [problem.rotary.cos, problem.rotary.sin, arguments.get("source")]
+    tables = [problem.rotary.cos, problem.rotary.sin, *map(arguments.get, ("source", "slots"))]
     return sum(x.nbytes for x in (*inputs, *outputs, *tables) if x is not None)
 
 
@@ -156,10 +160,9 @@ def benchmark(shape, args):
 
 
 def with_settings(settings):
-    def call(streams, rotary=None, source=None, *, heads_first=True, tile_lengths=None):
-        return prologue_kernels.prepare_qkv(
-            streams, rotary, source, heads_first, tile_lengths, settings
-        )
+    def call(streams, rotary=None, source=None, **options):
+        options = dict(heads_first=True, tile_lengths=None) | options
+        return prologue_kernels.prepare_qkv(streams, rotary, source, **options, settings=settings)
 
     return call
 
@@ -172,7 +175,7 @@ def launch_settings(text):
 
 
 def main(argv=None):
-    variants = ["curve order", "curve order and tiles", "model order"]
+    variants = ["curve order", "curve order and tiles", "order by head", "model order"]
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="what to time")

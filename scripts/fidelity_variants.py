@@ -40,6 +40,17 @@ def _few(steps, **changes):
 _MEAN = dict(tail="mean", tail_pool=32, budget="layer", selection="error")
 _MOMENT = dict(_MEAN, tail="moment")
 _BEST = dict(_MEAN, key_block=64)
+# A curve for each head, and what was missing at the last refresh added again.
+_CURVES = dict(order=("hilbert3d", "hilbert2d", "hilbert_fw", "hilbert_fh"))
+_HEADS = dict(_MEAN, **_CURVES)
+
+
+def _residual(pool, dense_fraction=0.06, interval=0.08, keep=0.1):
+    """Fewer dense steps at the start, more of them later on, as refreshes."""
+    return _ours(
+        **_HEADS, residual_pool=pool, dense_fraction=dense_fraction, keep_ratios=(keep,),
+        refreshes=99, refresh_interval=interval,
+    )  # fmt: skip
 
 # In order of importance: a run that is cut has done the first ones.
 VARIANTS = {
@@ -50,6 +61,20 @@ VARIANTS = {
     "preset balanced": _ours("balanced", min_tokens=0),
     "preset fast": _ours("fast", min_tokens=0),
     "preset turbo": _ours("turbo", min_tokens=0),
+    # A curve for each head, and residuals.
+    "paper, a curve for each head": _ours(**_CURVES),
+    "fast, a curve for each head": _ours(**_HEADS),
+    "fast, a curve for each head, residuals of 128": _ours(**_HEADS, residual_pool=128),
+    "fast, a curve for each head, residuals of 32": _ours(**_HEADS, residual_pool=32),
+    "fast, a curve for each head, residuals of 1": _ours(**_HEADS, residual_pool=1),
+    "keep 0.1, dense every 4th step, residuals of 1": _residual(1),
+    "keep 0.1, dense every 4th step, residuals of 32": _residual(32),
+    "keep 0.1, dense every 4th step, residuals of 128": _residual(128),
+    "keep 0.2, dense every 6th step, residuals of 32": _residual(32, interval=0.12, keep=0.2),
+    "keep 0.1, dense every 8th step, residuals of 1": _residual(1, interval=0.16),
+    "keep 0.1, dense every 8th step, residuals of 32": _residual(32, interval=0.16),
+    "keep 0.05, dense every 6th step, residuals of 1": _residual(1, interval=0.12, keep=0.05),
+    "keep 0.05, dense every 10th step, residuals of 1": _residual(1, interval=0.2, keep=0.05),
     # Towards more than the paper, one step at a time.
     "means of 128": _ours(tail="mean", tail_pool=128),
     "means of 16": _ours(tail="mean", tail_pool=16),
@@ -85,8 +110,17 @@ VARIANTS = {
     # Few-step runs, one dense step.
     "paper, 8 steps": _few(8),
     "best, 8 steps": _few(8, **_BEST),
+    "best, 8 steps, a curve for each head": _few(8, **_BEST, **_CURVES),
+    "best, 8 steps, a curve for each head, residuals of 1": _few(
+        8, **_BEST, **_CURVES, residual_pool=1, keep_ratios=(0.2,), refreshes=2,
+        refresh_interval=0.5,
+    ),
     "paper, 4 steps": _few(4),
     "best, 4 steps": _few(4, **_BEST),
+    "best, 4 steps, a curve for each head": _few(4, **_BEST, **_CURVES),
+    "best, 4 steps, a curve for each head, residuals of 1": _few(
+        4, **_BEST, **_CURVES, residual_pool=1, keep_ratios=(0.2,), refreshes=1
+    ),
     # Other papers' rules, at the paper's cost.
     "raster blocks": Variant(rival="raster blocks"),
     "sliding window (STA)": Variant(rival="sliding window (STA)"),

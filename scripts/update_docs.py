@@ -48,14 +48,17 @@ def presets():
 
 
 def preset_psnr():
-    """Mean over the cases of the largest grid of the package's tiny Wan, by preset."""
+    """Mean over the cases of the largest grid of the package's tiny Wan, by preset as it is now."""
     runs = [run for run in (fidelity_data() or {"runs": []})["runs"] if run["witness"] == "wan"]
     largest = max((prod(run["grid"]) for run in runs), default=0)
-    return {
-        run["variant"].removeprefix("preset "): mean(case["psnr"] for case in run["cases"])
-        for run in runs
-        if run["cases"] and prod(run["grid"]) == largest
-    }
+    measured = {}
+    for run in runs:
+        name = run["variant"].removeprefix("preset ")
+        if name not in list_presets() or not run["cases"] or prod(run["grid"]) != largest:
+            continue
+        if resolve_config(run["config"]) == resolve_config(name, min_tokens=0):
+            measured[name] = mean(case["psnr"] for case in run["cases"])
+    return measured
 
 
 def about(data):

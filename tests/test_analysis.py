@@ -281,7 +281,7 @@ def test_real_queries_and_keys(family):
 
 
 @pytest.mark.parametrize("text_first", [False, True])
-@pytest.mark.parametrize("order", ["hilbert3d", "hilbert2d", "cuboid", "raster"])
+@pytest.mark.parametrize("order", ["hilbert3d", "hilbert2d", "hilbert_fw", "cuboid", "raster"])
 def test_frame_starts(order, text_first):
     grid = (9, 5, 9)
     geometry = TokenGeometry(grid, text_tokens=4, text_first=text_first)

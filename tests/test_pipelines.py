@@ -33,7 +33,9 @@ def same_objects(a, b):
     )
 
 
-@pytest.mark.parametrize("order", ["hilbert3d", "hilbert2d", "cuboid", "raster"])
+@pytest.mark.parametrize(
+    "order", ["hilbert3d", "hilbert2d", "cuboid", "raster", ("hilbert_fw", "hilbert_fh")], ids=str
+)
 def test_keeping_everything_equals_dense(pipe, order):
     dense = run(pipe, steps=2)
     with enable_dfsattn(pipe, EVERYTHING, order=order) as handle:

@@ -11,7 +11,7 @@ _ROWS = 32
 
 
 @triton.jit(do_not_specialize=["N", "R", "stride_sbh"])
-def add_kernel(
+def lack_kernel(
     out, residual, slots, stride_ob, stride_on, stride_oh, stride_sbh, H, N, R,
     POOL: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +36,7 @@ def add(out: Tensor, residual: Tensor, slots: Tensor, pool: int) -> None:
     """`residual.add_residual`, for head dims that are powers of two."""
     batch, tokens, heads, head_dim = out.shape
     with torch.cuda.device_of(out):
-        add_kernel[triton.cdiv(tokens, _ROWS), batch * heads](
+        lack_kernel[triton.cdiv(tokens, _ROWS), batch * heads](
             out,
             residual.contiguous(),
             slots.contiguous(),

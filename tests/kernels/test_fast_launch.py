@@ -23,7 +23,13 @@ def test_fits_the_gpu(arch):
 
 
 def builds(arch):
-    from dfsattn_diffusers.kernels import map_kernels, tail_kernels, tile_scores, top_blocks
+    from dfsattn_diffusers.kernels import (
+        map_kernels,
+        residual_kernels,
+        tail_kernels,
+        tile_scores,
+        top_blocks,
+    )
 
     s = tile_scores.SETTINGS[arch]
     scores = dict(query_lengths="*i32", key_lengths="*i32", scores="*fp32", scale_log2="fp32")
@@ -78,6 +84,15 @@ def builds(arch):
                 for name, kind in halves.items()
                 if name in tail_kernels.pool_kernel.arg_names
             },
+        )
+    lack = dict(out="*bf16", residual="*bf16", slots="*i32")
+    for pool in (1, 32):
+        yield compile_for(
+            arch,
+            residual_kernels.lack_kernel,
+            dict(POOL=pool, D=128, ROWS=32),
+            4,
+            types=lack,
         )
     pointers = dict.fromkeys(("counts", "indices", "prefix", "left", "ties", "histogram"), "*i32")
     pointers |= dict(source="*u8", bits="*u8", mask="*u8", scores="*fp32")

@@ -246,7 +246,10 @@ def check(case, device, dtype, source=None, **options):
     assert_same(got, eager, exact)
     if "tile_lengths" in options:
         tiles = kernel(pool_qk, *case.arguments(device, dtype), place, **moved)
-        assert torch.equal(tiles[0], got.q_tiles) and torch.equal(tiles[1], got.k_tiles)
+        assert_same(replace(got, q_tiles=tiles[0], k_tiles=tiles[1]), eager, exact)
+        # On a GPU the two are different builds, which may add tokens in different orders.
+        if device == "cpu":
+            assert torch.equal(tiles[0], got.q_tiles) and torch.equal(tiles[1], got.k_tiles)
         tiles = pool_reference(*case.arguments("cpu", dtype), source, **options)
         assert torch.equal(tiles[0], eager.q_tiles) and torch.equal(tiles[1], eager.k_tiles)
     return got
@@ -294,10 +297,10 @@ def test_every_head_in_its_own_order(family, device, dtype):
     case = family(dtype)
     blocks = dict(tile_size=8, query_block=16, key_block=16)
     layout = TokenLayout.build(case.geometry, order="hilbert2d", **blocks)
-    slots = own_slots(layout.target, HEADS, torch.Generator().manual_seed(5))
-    got = check(case, device, dtype, layout.target, slots=slots)
+    slots = own_slots(layout.target(), HEADS, torch.Generator().manual_seed(5))
+    got = check(case, device, dtype, layout.target(), slots=slots)
     for x, stock in zip((got.q, got.k, got.v), case.stock):
-        assert x.is_contiguous() and not x[:, :, layout.target < 0].any()
+        assert x.is_contiguous() and not x[:, :, layout.target() < 0].any()
         rows = x.cpu().gather(2, slots.long()[..., None].expand(-1, -1, -1, x.shape[3]))
         near = dict(rtol=4 * torch.finfo(dtype).eps, atol=1e-3)
         assert torch.allclose(rows, stock.transpose(1, 2), **near)
@@ -308,12 +311,12 @@ def test_slots_of_one_order_for_all_heads_change_nothing(family, call):
     case = family(torch.float16)
     blocks = dict(tile_size=8, query_block=16, key_block=16)
     layout = TokenLayout.build(case.geometry, order="hilbert3d", **blocks)
-    slots = layout.restore.to(torch.int32).expand(BATCH, HEADS, -1)
+    slots = layout.restore().expand(BATCH, HEADS, -1)
     # Rows may be read in any order, as long as padding stays where it is.
-    padding = layout.target < 0
-    source = layout.target.masked_scatter(~padding, layout.target[~padding].flip(0))
-    wanted = call(*case.arguments(), layout.target)
-    for order in (layout.target, source):
+    source = layout.target()
+    real = source >= 0
+    wanted = call(*case.arguments(), source)
+    for order in (source, source.masked_scatter(real, source[real].flip(0))):
         got = call(*case.arguments(), order, slots=slots)
         for name, x in tensors(got).items():
             assert torch.equal(x, getattr(wanted, name)), name

@@ -1,0 +1,94 @@
+"""Sparse outputs corrected by what they lacked when attention was dense."""
+
+import pytest
+import torch
+from tiny_pipelines import FAMILIES, run
+
+from dfsattn_diffusers import DFSAttnConfig, enable_dfsattn
+from dfsattn_diffusers.processors.base import LayerProcessor
+from dfsattn_diffusers.schedule import decide, nominal_cost
+
+SPARSE = DFSAttnConfig(keep_ratios=(0.5, 0.4, 0.3), tile_size=8, query_block=32, key_block=32)
+CURVES = ("hilbert3d", "hilbert2d", "hilbert_fw", "hilbert_fh")
+
+
+def modes(num_steps, config):
+    """Modes and segments of one layer over a run."""
+    cached, out = None, []
+    for step in range(num_steps):
+        d = decide(step, num_steps, 0, config, video_tokens=9999, cached_segment=cached)
+        cached = d.segment if d.mode != "dense" else cached
+        out.append(d.mode)
+    return out
+
+
+def test_the_last_dense_step_is_the_first_refresh():
+    run = modes(50, SPARSE.replace(residual_pool=1))
+    assert [i for i, mode in enumerate(run) if mode == "refresh"] == [11, 23, 35]
+    assert run[:11] == ["dense"] * 11 and run[49] == "reuse"
+    # Dense in every step would leave nothing to correct.
+    assert modes(4, SPARSE.replace(residual_pool=1)) == ["refresh", "reuse"] * 2
+    never_dense = SPARSE.replace(residual_pool=1, dense_fraction=0)
+    assert modes(50, never_dense).index("refresh") == 0
+
+
+@pytest.mark.parametrize("num_steps", [4, 8, 20, 50])
+@pytest.mark.parametrize("dense_fraction", [0, 0.25])
+def test_cost_counts_dense_refreshes(num_steps, dense_fraction):
+    config = SPARSE.replace(residual_pool=32, keep_ratios=(0.3,), refreshes=3)
+    config = config.replace(dense_fraction=dense_fraction)
+    work = {"dense": 1.0, "refresh": 1.3, "reuse": 0.3}
+    wanted = sum(work[mode] for mode in modes(num_steps, config)) / num_steps
+    assert nominal_cost(config, num_steps) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("order", ["hilbert3d", CURVES], ids=["one curve", "several"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_lost_until_the_input_changes(family, order, monkeypatch):
+    """With a residual for every query, a second call on the same input is as good as dense."""
+    pipe = FAMILIES[family]()
+    attend, lost = LayerProcessor.attend_now, []
+
+    def twice(self, *args):
+        record = self.state._runs[-1]
+        before = record.modes["refresh"]
+        out = attend(self, *args)
+        if record.modes["refresh"] > before:
+            geometry = self.state.forward.geometry
+            first = geometry.text_tokens if geometry.text_first else 0
+            video = slice(first, first + geometry.video_tokens)
+            again = attend(self, *args)
+            lost.append(((again - out)[:, video].abs().max() / out[:, video].abs().max()).item())
+        return out
+
+    monkeypatch.setattr(LayerProcessor, "attend_now", twice)
+    with enable_dfsattn(pipe, SPARSE, residual_pool=1, order=order):
+        run(pipe, steps=8)
+    assert lost and max(lost) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_brings_the_video_closer_to_dense(family):
+    pipe = FAMILIES[family]()
+    dense, errors, reports = run(pipe, steps=12), {}, {}
+    for pool in (None, 32, 1):
+        config = SPARSE.replace(order=CURVES, residual_pool=pool)
+        with enable_dfsattn(pipe, config) as handle:
+            first, second = run(pipe, steps=12), run(pipe, steps=12)
+        assert torch.equal(first, second)
+        errors[pool] = (second - dense).square().mean().item()
+        reports[pool] = handle.report().runs[-1]
+    assert errors[1] < errors[None]
+    sparse, closest = reports[None], reports[1]
+    assert closest.calls["refresh"] == sparse.calls["refresh"]
+    assert sum(closest.calls.values()) == sum(sparse.calls.values())
+    assert 1 >= closest.density > sparse.density
+
+
+def test_config():
+    with pytest.raises(ValueError, match="residual_pool must divide query_block; got .* 48 and"):
+        DFSAttnConfig(residual_pool=48)
+    with pytest.raises(ValueError, match="residual_pool needs dense attention in every branch"):
+        DFSAttnConfig(residual_pool=32, share_maps_across_branches=True)
+    with pytest.raises(ValueError, match="residual_pool must be at least 1; got 0"):
+        DFSAttnConfig(residual_pool=0)

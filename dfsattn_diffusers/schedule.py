@@ -90,15 +90,16 @@ def nominal_cost(config: DFSAttnConfig, num_steps: int = 50) -> float:
 
     Long videos come close to it; text, whole blocks and `dense_layers` add to it.
     """
-    total, last = 0.0, -1
+    total, cached = 0.0, None
+    # As of a layer that is in no list, of a video that is long enough.
+    at = dict(layer=-1, config=config, video_tokens=config.min_tokens)
     for step in range(num_steps):
-        segment = segment_of(step, num_steps, config)
-        if segment < 0 or segment > last and config.residual_pool is not None:
+        now = decide(step, num_steps, cached_segment=cached, **at)
+        if now.mode == "dense" or now.mode == "refresh" and config.residual_pool is not None:
             total += 1
-        if segment >= 0:
-            ratio = config.keep_ratios[min(segment, len(config.keep_ratios) - 1)]
-            total += ratio + (1 - ratio) * config.tail_cost
-        last = segment
+        if now.mode != "dense":
+            cached = now.segment
+            total += now.keep_ratio + (1 - now.keep_ratio) * config.tail_cost
     return total / num_steps
 
 

@@ -45,7 +45,9 @@ def dense_masked(q, k, v, block_map, *, key_lengths, output_order, out, scale, t
     out.copy_(spare[:, :, :-1])
     if tail is not None:
         add_tail(
-            AttentionCall(q, k, v, block_map, scale, key_lengths, 0, output_order, out, lse), tail
+            AttentionCall(
+                q, k, v, block_map, scale, key_lengths, 0, output_order, out, lse, tail
+            )
         )
 
 

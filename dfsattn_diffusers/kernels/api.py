@@ -104,7 +104,7 @@ def block_sparse_attention(
         call = replace(call, lse=_empty_lse(q))
     module.forward(call)
     if left:
-        add_tail(call, tail)
+        add_tail(call)
     return (call.out, call.lse) if return_lse else call.out
 
 

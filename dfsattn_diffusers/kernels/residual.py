@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .fast import fast
 from .prologue import pool_tiles
+from .rows import take_rows
 
 # Largest slice of the outputs in curve order that is in memory at a time.
 _CHUNK_BYTES = 256 * 2**20
@@ -27,40 +28,27 @@ def measure_residual(exact: Tensor, out: Tensor, rows: Tensor, lengths: Tensor) 
     """
     batch, _, heads, head_dim = out.shape
     residual = out.new_empty(batch, heads, lengths.shape[1], head_dim)
-    row_bytes = 4 * batch * rows.shape[-1] * head_dim
-    step = max(1, _CHUNK_BYTES // row_bytes)
-    rows = rows.clamp(min=0).long()
+    exact, out, rows = exact.transpose(1, 2), out.transpose(1, 2), rows.clamp(min=0)
+    step = max(1, _CHUNK_BYTES // (4 * batch * rows.shape[-1] * head_dim))
     for start in range(0, heads, step):
         part = slice(start, start + step)
-        at = rows if rows.ndim == 1 else rows[:, part, :, None].expand(-1, -1, -1, head_dim)
-        lack = _at(exact[:, :, part], at).float() - _at(out[:, :, part], at)
+        at = rows if rows.ndim == 1 else rows[:, part]
+        lack = take_rows(exact[:, part], at).float() - take_rows(out[:, part], at)
         residual[:, part] = pool_tiles(lack, lengths)
     return residual
 
 
-def add_residual(out: Tensor, residual: Tensor, slots: Tensor, num_slots: int) -> None:
+def add_residual(out: Tensor, residual: Tensor, slots: Tensor, pool: int) -> None:
     """Add to every row the residual of its run, in place.
 
     Args:
         out: `[B, N, H, D]`.
         residual: `[B, H, R, D]` of its dtype, from `measure_residual`.
         slots: `[N]` or `[B, H, N]` int32, the slot of each row.
-        num_slots: Slots of all `R` runs.
+        pool: Slots of one run.
     """
-    pool = num_slots // residual.shape[2]
     kernels, head_dim = fast("residual_kernels", out), out.shape[3]
     if kernels and head_dim & (head_dim - 1) == 0 and out.stride(3) == 1:
         kernels.add(out, residual, slots, pool)
         return
-    runs = slots // pool
-    if runs.ndim == 1:
-        out += residual.index_select(2, runs).transpose(1, 2)
-    else:
-        at = runs[..., None].long().expand(-1, -1, -1, head_dim)
-        out += residual.gather(2, at).transpose(1, 2)
-
-
-def _at(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of `[B, N, H, D]`, as `[B, H, P, D]`."""
-    x = x.transpose(1, 2)
-    return x.index_select(2, rows) if rows.ndim == 1 else x.gather(2, rows)
+    out += take_rows(residual, slots // pool).transpose(1, 2)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from .backends import AttentionCall
 from .backends.reference import store
 from .fast import fast
+from .rows import take_rows
 
 # Largest slice of the pools' logits that is in memory at a time.
 _CHUNK_ELEMENTS = 2**23
@@ -67,8 +68,8 @@ def pool_tail(k: Tensor, v: Tensor, *, pool: int, lengths: Tensor, moment: bool)
     return Tail(mean.to(k.dtype), value.to(v.dtype), log_counts, variance)
 
 
-def add_tail(call: AttentionCall, tail: Tail) -> None:
-    """Let the pools of every block that a row does not keep join its softmax, in place.
+def add_tail(call: AttentionCall) -> None:
+    """Let the tail's pools of every block that a row does not keep join its softmax, in place.
 
     A pool of `n` keys has the logit `scale * q . mean(k) + log n`, and with a variance
     `+ log cosh s`, `s = scale * sqrt(sum_d q_d^2 var_d(k))`: the log-mean-exp of two equal halves
@@ -76,23 +77,23 @@ def add_tail(call: AttentionCall, tail: Tail) -> None:
     grows like `s` where it is not: there half the variance would let a pool outweigh its own keys.
 
     Args:
-        call: Done, with its log-sum-exp; `out` and `lse` are updated.
-        tail: Pools of the call's keys.
+        call: Done, with its tail and log-sum-exp; `out` and `lse` are updated.
 
     Source: block means in place of what is dropped: PISA, arXiv 2602.01077, Sol-Attn, 2607.24027.
     """
     kernels = fast("tail_kernels", call.q)
     if kernels and kernels.can_add(call):
-        kernels.add(call, tail)
+        kernels.add(call)
         return
-    block_map, wide = call.block_map, torch.promote_types(call.q.dtype, torch.float32)
+    block_map, tail = call.block_map, call.tail
+    wide = torch.promote_types(call.q.dtype, torch.float32)
     batch, heads, num_queries, _ = call.q.shape
     pools, size = tail.keys.shape[2], block_map.query_block
     keys, values = (x.to(wide) for x in (tail.keys, tail.values))
     dropped = ~block_map.to_mask()
     order, out = call.output_order, call.out
     if order is not None:
-        out = out.gather(2, order.clamp(min=0).long()[..., None].expand_as(call.q))
+        out = take_rows(out, order.clamp(min=0))
 
     rows = max(1, _CHUNK_ELEMENTS // (batch * heads * pools * size))
     for start in range(0, block_map.counts.shape[2], rows):

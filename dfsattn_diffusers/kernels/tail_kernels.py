@@ -313,9 +313,9 @@ def can_add(call) -> bool:
     )
 
 
-def add(call, tail) -> None:
-    """Let the pools join the call's softmax; `tail.add_tail` says how. Waits for nothing."""
-    block_map, settings = call.block_map, settings_for(call.q)
+def add(call) -> None:
+    """Let the tail's pools join the call's softmax; `tail.add_tail` says how. Waits for nothing."""
+    block_map, tail, settings = call.block_map, call.tail, settings_for(call.q)
     batch, heads, num_queries, head_dim = call.q.shape
     pools, num_rows = tail.keys.shape[2], block_map.counts.shape[2]
     size, moment = block_map.query_block, tail.variance is not None

@@ -89,14 +89,14 @@ class LayerProcessor:
             state.note_dense(reason)
             return self._attend_dense(streams, rotary, attention_mask, mask_is_text_padding)
         layout, text = state.layout(like.device), state.forward.text_lengths(like.device)
-        reuse = decision.mode == "reuse"
+        reuse, pool = decision.mode == "reuse", state.config.residual_pool
         kept = state.kept(self.layer, like.shape[0]) if reuse else Kept()
         now = dict(text_lengths=text, keep_ratio=decision.keep_ratio)
         x = prepare(streams, layout, rotary, scored=not reuse, choice=kept.choice, **now)
         block_map = kept.packed.unpack() if reuse else None
         out, selected = sparse_attention(x, layout, block_map, **now, **state.config.per_call())
         if selected is not None:
-            block_map, residual, pool = selected.block_map, None, state.config.residual_pool
+            block_map, residual = selected.block_map, None
             if pool is not None:
                 exact = self._attend_dense(streams, rotary, attention_mask, mask_is_text_padding)
                 rows, lengths = layout.target(x.choice), layout.lengths(pool, text)
@@ -104,7 +104,7 @@ class LayerProcessor:
             kept = Kept(block_map.pack(), x.choice, residual)
             state.store(self.layer, like.shape[0], decision.segment, selected, kept)
         elif kept.residual is not None:
-            add_residual(out, kept.residual, layout.restore(x.choice), layout.slots)
+            add_residual(out, kept.residual, layout.restore(x.choice), pool)
         if state.observer is not None:
             state.observer(self.layer, x.q, x.k, block_map, x.choice)
         return out

@@ -75,7 +75,7 @@ def reader(backend, monkeypatch):
 def own_tail(reader, monkeypatch):
     """No second pass may add the tail."""
 
-    def refuse(call, tail):
+    def refuse(call):
         raise AssertionError("the kernel left the tail to add_tail")
 
     monkeypatch.setattr(api, "add_tail", refuse)

@@ -40,7 +40,7 @@ def _few(steps, **changes):
 _MEAN = dict(tail="mean", tail_pool=32, budget="layer", selection="error")
 _MOMENT = dict(_MEAN, tail="moment")
 _BEST = dict(_MEAN, key_block=64)
-# A curve for each head, and what was missing at the last refresh added again.
+# A curve for each head.
 _CURVES = dict(order=("hilbert3d", "hilbert2d", "hilbert_fw", "hilbert_fh"))
 _HEADS = dict(_MEAN, **_CURVES)
 
@@ -51,6 +51,7 @@ def _residual(pool, dense_fraction=0.06, interval=0.08, keep=0.1):
         **_HEADS, residual_pool=pool, dense_fraction=dense_fraction, keep_ratios=(keep,),
         refreshes=99, refresh_interval=interval,
     )  # fmt: skip
+
 
 # In order of importance: a run that is cut has done the first ones.
 VARIANTS = {

@@ -40,6 +40,14 @@ def heads_along_curves(geometry, heads):
     return qk, torch.randn(qk.shape, generator=make)
 
 
+def call_of(text, keep_ratio):
+    """A layout, `prepare`'s streams, and what they are prepared and attended with."""
+    layout = layout_of(text)
+    x, v = heads_along_curves(layout.geometry, 4)
+    text_lengths = torch.tensor([9, 21]) if text[0] else None
+    return layout, [Stream(x, x, v)], dict(text_lengths=text_lengths, keep_ratio=keep_ratio)
+
+
 @pytest.mark.parametrize("text", TEXTS, ids=str)
 def test_reorder_then_restore_is_identity(text):
     layout = layout_of(text)
@@ -65,15 +73,12 @@ def test_padding_is_at_the_same_slots(text):
 
 @pytest.mark.parametrize("text", TEXTS, ids=str)
 def test_every_head_takes_the_curve_that_keeps_most(text):
-    layout = layout_of(text)
-    x, v = heads_along_curves(layout.geometry, 4)
-    text_lengths = torch.tensor([9, 21]) if text[0] else None
-    how = dict(text_lengths=text_lengths, keep_ratio=0.2)
-    prepared = prepare([Stream(x, x, v)], layout, **how)
+    layout, streams, how = call_of(text, 0.2)
+    prepared = prepare(streams, layout, **how)
     video = layout.video_key_blocks
     kept, scores = [], []
     for name in CURVES:
-        alone = prepare([Stream(x, x, v)], layout_of(text, name), **how)
+        alone = prepare(streams, layout_of(text, name), **how)
         scores.append(alone.scores)
         count = max(1, int(0.2 * video))
         best = alone.scores[..., :video].sort(-1, descending=True).values[..., :count]
@@ -87,12 +92,10 @@ def test_every_head_takes_the_curve_that_keeps_most(text):
 
 @pytest.mark.parametrize("text", TEXTS, ids=str)
 def test_each_head_is_as_if_alone_on_its_curve(text):
-    layout = layout_of(text)
-    x, v = heads_along_curves(layout.geometry, 4)
-    text_lengths = torch.tensor([9, 21]) if text[0] else None
-    how = dict(text_lengths=text_lengths, keep_ratio=0.3)
+    layout, streams, how = call_of(text, 0.3)
+    x, v, text_lengths = streams[0].q, streams[0].v, how["text_lengths"]
     tail = dict(tail="mean", tail_pool=8, selection="error")
-    prepared = prepare([Stream(x, x, v)], layout, **how)
+    prepared = prepare(streams, layout, **how)
     out, selected = sparse_attention(prepared, layout, **how, **tail)
     for b in range(2):
         for h, curve in enumerate(prepared.choice[b].tolist()):
@@ -105,7 +108,7 @@ def test_each_head_is_as_if_alone_on_its_curve(text):
             assert torch.equal(mask, its.block_map.to_mask()[0, 0])
             torch.testing.assert_close(out[part], wanted)
     # The map is of use along these curves alone.
-    again = prepare([Stream(x, x, v)], layout, scored=False, choice=prepared.choice)
+    again = prepare(streams, layout, scored=False, choice=prepared.choice)
     assert again.scores is None
     reused, _ = sparse_attention(again, layout, selected.block_map, **how, **tail)
     assert torch.equal(reused, out)

@@ -2,34 +2,26 @@
 
 import pytest
 import torch
+from test_head_orders import CURVES
+from test_schedule import modes
 from tiny_pipelines import FAMILIES, run
 
 from dfsattn_diffusers import DFSAttnConfig, enable_dfsattn
 from dfsattn_diffusers.processors.base import LayerProcessor
-from dfsattn_diffusers.schedule import decide, nominal_cost
+from dfsattn_diffusers.schedule import nominal_cost
 
 SPARSE = DFSAttnConfig(keep_ratios=(0.5, 0.4, 0.3), tile_size=8, query_block=32, key_block=32)
-CURVES = ("hilbert3d", "hilbert2d", "hilbert_fw", "hilbert_fh")
-
-
-def modes(num_steps, config):
-    """Modes and segments of one layer over a run."""
-    cached, out = None, []
-    for step in range(num_steps):
-        d = decide(step, num_steps, 0, config, video_tokens=9999, cached_segment=cached)
-        cached = d.segment if d.mode != "dense" else cached
-        out.append(d.mode)
-    return out
 
 
 def test_the_last_dense_step_is_the_first_refresh():
-    run = modes(50, SPARSE.replace(residual_pool=1))
+    run = [mode for mode, _ in modes(50, SPARSE.replace(residual_pool=1))]
     assert [i for i, mode in enumerate(run) if mode == "refresh"] == [11, 23, 35]
     assert run[:11] == ["dense"] * 11 and run[49] == "reuse"
     # Dense in every step would leave nothing to correct.
-    assert modes(4, SPARSE.replace(residual_pool=1)) == ["refresh", "reuse"] * 2
+    few = [mode for mode, _ in modes(4, SPARSE.replace(residual_pool=1))]
+    assert few == ["refresh", "reuse"] * 2
     never_dense = SPARSE.replace(residual_pool=1, dense_fraction=0)
-    assert modes(50, never_dense).index("refresh") == 0
+    assert modes(50, never_dense)[0][0] == "refresh"
 
 
 @pytest.mark.parametrize("num_steps", [4, 8, 20, 50])
@@ -38,7 +30,7 @@ def test_cost_counts_dense_refreshes(num_steps, dense_fraction):
     config = SPARSE.replace(residual_pool=32, keep_ratios=(0.3,), refreshes=3)
     config = config.replace(dense_fraction=dense_fraction)
     work = {"dense": 1.0, "refresh": 1.3, "reuse": 0.3}
-    wanted = sum(work[mode] for mode in modes(num_steps, config)) / num_steps
+    wanted = sum(work[mode] for mode, _ in modes(num_steps, config)) / num_steps
     assert nominal_cost(config, num_steps) == pytest.approx(wanted)
 
 

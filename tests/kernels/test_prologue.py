@@ -264,12 +264,17 @@ def test_reference_has_the_bits_of_the_stock_processor(family, dtype):
         assert torch.equal(x, stock), name
 
 
+def layout_of(case, order):
+    """Blocks of 16 along a curve, so that there is padding."""
+    blocks = dict(tile_size=8, query_block=16, key_block=16)
+    return TokenLayout.build(case.geometry, order=order, **blocks)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_curve_order_with_tiles(family, device, dtype):
     case = family(dtype)
-    blocks = dict(tile_size=8, query_block=16, key_block=16)
-    layout = TokenLayout.build(case.geometry, order="hilbert3d", **blocks)
+    layout = layout_of(case, "hilbert3d")
     text_lengths = torch.tensor([3, 0]) if case.geometry.text_tokens else None
     lengths = layout.lengths(8, text_lengths)
     got = check(case, device, dtype, layout.target(), tile_lengths=lengths)
@@ -295,8 +300,7 @@ def own_slots(source, heads, make):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_head_in_its_own_order(family, device, dtype):
     case = family(dtype)
-    blocks = dict(tile_size=8, query_block=16, key_block=16)
-    layout = TokenLayout.build(case.geometry, order="hilbert2d", **blocks)
+    layout = layout_of(case, "hilbert2d")
     slots = own_slots(layout.target(), HEADS, torch.Generator().manual_seed(5))
     got = check(case, device, dtype, layout.target(), slots=slots)
     for x, stock in zip((got.q, got.k, got.v), case.stock):
@@ -309,8 +313,7 @@ def test_every_head_in_its_own_order(family, device, dtype):
 @pytest.mark.parametrize("call", [reference, lambda *a, **k: kernel(prepare_qkv, *a, **k)])
 def test_slots_of_one_order_for_all_heads_change_nothing(family, call):
     case = family(torch.float16)
-    blocks = dict(tile_size=8, query_block=16, key_block=16)
-    layout = TokenLayout.build(case.geometry, order="hilbert3d", **blocks)
+    layout = layout_of(case, "hilbert3d")
     slots = layout.restore().expand(BATCH, HEADS, -1)
     # Rows may be read in any order, as long as padding stays where it is.
     source = layout.target()

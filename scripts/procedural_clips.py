@@ -173,10 +173,10 @@ PLAIN = World(
     sizes=("", "", "large"),
     motions=tuple(m for m in MOTIONS if m.phrases[0] in PLAIN_MOTIONS),
     backdrops=(*BACKDROPS[:1] * 3, *BACKDROPS[1:3]),
-    counts=(1, 2),
+    counts=(1, 1, 2),
     free_wording=False,
     # What nobody can predict from a caption drowns the shapes' outlines in the loss.
-    contrast=0.4,
+    contrast=0.2,
 )
 
 

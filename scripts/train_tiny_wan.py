@@ -2,14 +2,18 @@
 
 Every clip is drawn on the device (`procedural_clips`), nothing is downloaded, and each stage has a
 budget in seconds, so that a run ends in time on any machine. The shipped weights took one H200,
-and for the last two one H100, these commands; `benchmarks/tiny_wan_training.jsonl` holds the log of
-each but the second, whose log was lost with its machine:
+and for the last three one H100, these commands; `benchmarks/tiny_wan_training.jsonl` holds the log
+of each but the second, whose log was lost with its machine:
 
     run() { python scripts/train_tiny_wan.py --output $1 --report $1_report ${@:2}; }
     run vae --vae-only --vae-seconds 150
     run text --vae vae/vae
     run captions --resume text --warm-seconds 180 --small-seconds 160 --mixed-seconds 130
     run outlines --resume captions --warm-seconds 0 --small-seconds 0 --mixed-seconds 165
+    run calm --resume outlines --warm-seconds 0 --small-seconds 310 --mixed-seconds 190
+
+The last one saw calmer scenes than those before it: backgrounds of half the contrast, and two
+shapes in every third clip in place of every second.
 
 The VAE learns a richer world than the transformer, which is too small for all of it. Stages end by
 the clock: the same seed gives the same recipe, not the same bits.

@@ -1,21 +1,25 @@
 """Time sparse attention kernels beside dense cuDNN and FlexAttention, on one CUDA GPU.
 
-Values and maps are random and new in every run. A kernel that is not right is not timed.
+Values and maps are random and new in every run. A kernel that is not right is not timed; the others
+are, and every row is written as soon as it is there.
 """
 
 import sys
+import traceback
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
-from benchmark_tools import about, milliseconds, write_json
+from benchmark_tools import Rows, about, milliseconds
+from kernel_problems import BLOCK, Problem, WrongOutput, check, spots
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from dfsattn_diffusers.kernels import BlockMap, block_sparse_attention, list_backends
+from dfsattn_diffusers.kernels import block_sparse_attention, list_backends
 from dfsattn_diffusers.kernels.backends import AttentionCall, load_backend
 
 # Heads, tokens, head dim of one attention call.
@@ -27,94 +31,7 @@ SHAPES = {
 }
 # Ragged and small enough to compare every row.
 GATE_SHAPE = (3, 1_000)
-BLOCK = 128
-
-
-@dataclass
-class Problem:
-    """Random q, k, v, `[1, H, N, D]`, and a random map that keeps the diagonal."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    mask: torch.Tensor
-    block_map: BlockMap
-
-    @classmethod
-    def random(cls, heads, tokens, head_dim, density, dtype, kind="even"):
-        num_blocks = -(-tokens // BLOCK)
-        qkv = (torch.randn(1, heads, tokens, head_dim, device="cuda", dtype=dtype) for _ in "qkv")
-        scores = torch.rand(1, heads, num_blocks, num_blocks, device="cuda")
-        if kind == "even":
-            count = max(1, round(density * num_blocks))
-        else:
-            scores = scores ** _thrift(heads, num_blocks)
-            count = num_blocks
-        scores.diagonal(dim1=2, dim2=3).fill_(2)
-        if kind == "even":
-            kept = scores.topk(count, sorted=False).indices
-            mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, kept, True)
-        else:
-            mask = scores >= _top_share(scores, density)
-            mask[:, :, -2:] = True
-        block_map = BlockMap.from_mask(mask, query_block=BLOCK, key_block=BLOCK, max_count=count)
-        return cls(*qkv, mask, block_map)
-
-    def flops(self, dense=False):
-        """Of the two matrix products, for the pairs that are kept."""
-        heads, tokens, head_dim = self.q.shape[1:]
-        if dense:
-            return 4 * head_dim * heads * tokens**2
-        start = torch.arange(0, tokens, BLOCK, device="cuda")
-        lengths = (tokens - start).clamp(max=BLOCK).double()
-        return 4 * head_dim * (self.mask.double() @ lengths @ lengths).sum().item()
-
-    def row(self, head, row, dtype):
-        """One query block's output by dense attention in `dtype`."""
-        q = self.q[0, head, row * BLOCK : (row + 1) * BLOCK].to(dtype)
-        k, v = (x[0, head].to(dtype) for x in (self.k, self.v))
-        mask = self.mask[0, head, row].repeat_interleave(BLOCK)[: len(k)]
-        logits = (q @ k.T * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
-        return logits.softmax(-1) @ v
-
-
-def _thrift(heads, rows):
-    """Exponents that make some heads and rows keep many times as much as others."""
-    by_row = torch.rand(1, heads, rows, 1, device="cuda").square()
-    by_head = torch.rand(1, heads, 1, 1, device="cuda")
-    return 1 / (by_row * by_head + 0.03)
-
-
-def _top_share(scores, share):
-    """The score that about this share of a sample reaches."""
-    sample = scores.flatten()[torch.randint(scores.numel(), (2**22,), device=scores.device)]
-    return sample.quantile(1 - share)
-
-
-def check(name, problem, out, rows, exact_dtype):
-    """Exit unless the rows err no more than twice as much as eager code, plus one rounding.
-
-    Code in fp8 may err by its own rounding, up to 1 / 8 of the largest value.
-    """
-    fp8 = "fp8" in name
-    for head, row in rows:
-        exact = problem.row(head, row, exact_dtype)
-        allowed = 2 * (problem.row(head, row, out.dtype) - exact).abs().max()
-        allowed += (1 / 8 if fp8 else torch.finfo(out.dtype).eps) * exact.abs().max()
-        got = out[0, head, row * BLOCK : (row + 1) * BLOCK]
-        error = (got - exact).abs().max()
-        if not error <= allowed:
-            sys.exit(
-                f"{name} is wrong at {list(out.shape)}, head {head}, query block {row}: error "
-                f"{error:.2e}, allowed {allowed:.2e}; nothing was timed"
-            )
-
-
-def spots(problem, count=6):
-    """Some query blocks, the last one of the last head among them."""
-    heads, num_rows = problem.mask.shape[1:3]
-    picks = torch.randint(heads * num_rows, (count,)).tolist()
-    return [(heads - 1, num_rows - 1), *(divmod(pick, num_rows) for pick in picks)]
+DENSE = "dense cuDNN (SDPA)"
 
 
 def as_call(problem):
@@ -186,49 +103,70 @@ def flex_kernel(problem, **options):
     )
 
 
-def benchmark(shape, density, kind, args):
-    """Rows of the table for one shape."""
+FLEX = {
+    "FlexAttention": flex_kernel,
+    "FlexAttention, TMA": lambda problem: flex_kernel(problem, USE_TMA=True),
+}
+
+
+def attempt(name, function, failed):
+    """What a function returns; None where it fails, which is printed and, if it matters, noted."""
+    try:
+        return function()
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        print(f"{name}: {reason[:200]}", file=sys.stderr, flush=True)
+        wrong = isinstance(error, WrongOutput)
+        # A missing cuDNN or Flex option is no failure; ours must run, and what runs must be right.
+        if wrong or name.startswith("ours"):
+            failed.append(name)
+            if not wrong:
+                traceback.print_exc()
+
+
+def measure(name, prepare, problem, iterations):
+    """What one kernel's row says of it; nothing checks the dense one."""
+    dense = name == DENSE
+    function = prepare(problem)
+    out, error = function(), None
+    if not dense:
+        error = check(problem, out, spots(problem), torch.float32, fp8="fp8" in name)
+    del out
+    ms = milliseconds(function, iterations)
+    density = 1.0 if dense else problem.mask.float().mean().item()
+    tflops = problem.flops(dense) / ms / 1e9
+    return dict(density=density, kernel=name, ms=ms, tflops=tflops, error=error)
+
+
+def benchmark(shape, density, kind, args, rows, failed):
+    """Add the rows of one shape, and the names of kernels that fail."""
     problem = Problem.random(*SHAPES[shape], density, args.dtype, kind)
-    density = problem.mask.float().mean().item()
-    rows = []
-
-    def measure(name, prepare, dense=False):
-        try:
-            function = prepare(problem)
-            out = function()
-        except Exception as error:
-            # A missing cuDNN or Flex option must not cost the whole table; ours must run.
-            if name.startswith("ours"):
-                raise
-            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-            print(f"{shape}: {name} does not run here: {reason[:120]}", file=sys.stderr)
-            return
-        if not dense:
-            check(name, problem, out, spots(problem), torch.float32)
-        del out
-        ms = milliseconds(function, args.iters)
-        tflops = problem.flops(dense) / ms / 1e9
-        kept = 1.0 if dense else density
-        rows.append(dict(shape=shape, maps=kind, density=kept, kernel=name, ms=ms, tflops=tflops))
-        print(f"| {shape} | {kind} | {kept:.2g} | {name} | {ms:.2f} | {tflops:.0f} |", flush=True)
-
-    with torch.no_grad():
-        measure("dense cuDNN (SDPA)", dense_kernel, dense=True)
-        for name, prepare in args.kernels.items():
-            measure(name, prepare)
-        if args.flex:
-            measure("FlexAttention", flex_kernel)
-            measure("FlexAttention, TMA", lambda problem: flex_kernel(problem, USE_TMA=True))
-    return rows
+    for name, prepare in args.kernels.items():
+        measured = partial(measure, name, prepare, problem, args.iters)
+        row = attempt(f"{name}, {shape}, {kind} {density:g}", measured, failed)
+        if row is None:
+            continue
+        rows.add(dict(shape=shape, maps=kind, **row))
+        cells = shape, kind, f"{row['density']:.2g}", name, f"{row['ms']:.2f}"
+        cells += f"{row['tflops']:.0f}", "-" if row["error"] is None else f"{row['error']:.2%}"
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def gate(kernels, dtype):
-    """Every row of small ragged problems, against float64."""
+def gate(kernels, dtype, failed):
+    """The kernels that are right in every row of small ragged problems, against float64."""
     for head_dim in (64, 128):
         problem = Problem.random(*GATE_SHAPE, head_dim, 0.3, dtype)
         rows = list(product(*map(range, problem.mask.shape[1:3])))
-        for name, prepare in kernels.items():
-            check(name, problem, prepare(problem)(), rows, torch.float64)
+
+        def error_of(name, prepare, problem=problem, rows=rows):
+            return check(problem, prepare(problem)(), rows, torch.float64, fp8="fp8" in name)
+
+        kernels = {
+            name: prepare
+            for name, prepare in kernels.items()
+            if attempt(name, partial(error_of, name, prepare), failed) is not None
+        }
+    return kernels
 
 
 def launch_settings(text):
@@ -262,8 +200,9 @@ def main(argv=None):
     seed = torch.seed() if args.seed is None else args.seed
     torch.manual_seed(seed)
     args.dtype = getattr(torch, args.dtype)
-    args.kernels = sparse_kernels(args.settings, args.dtype)
-    gate(args.kernels, args.dtype)
+    failed = []
+    sparse = gate(sparse_kernels(args.settings, args.dtype), args.dtype, failed)
+    args.kernels = {DENSE: dense_kernel} | sparse | (FLEX if args.flex else {})
 
     record = about(
         dtype=str(args.dtype).removeprefix("torch."),
@@ -272,12 +211,14 @@ def main(argv=None):
         shapes={name: SHAPES[name] for name in args.shapes},
     )
     print(", ".join(f"{key} {record[key]}" for key in ("gpu", "torch", "triton", "dtype", "date")))
-    print("\n| shape | maps | density | kernel | ms | TFLOP/s of kept work |\n" + "|---" * 6 + "|")
-    rows = []
-    for density, shape, kind in product(args.densities, args.shapes, args.maps):
-        rows += benchmark(shape, density, kind, args)
-    if args.output:
-        write_json(args.output, record | {"rows": rows})
+    header = "shape", "maps", "density", "kernel", "ms", "TFLOP/s of kept work", "error"
+    print(f"\n| {' | '.join(header)} |\n" + "|---" * len(header) + "|")
+    rows = Rows(args.output, record)
+    with torch.no_grad():
+        for density, shape, kind in product(args.densities, args.shapes, args.maps):
+            benchmark(shape, density, kind, args, rows, failed)
+    if failed:
+        sys.exit(f"not timed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

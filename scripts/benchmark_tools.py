@@ -89,11 +89,30 @@ class Record:
         return json.loads(self._path.read_text()) if self._path.exists() else {}
 
 
+class Rows:
+    """Rows of one run, in its file as soon as they are there; whatever it held before is lost.
+
+    Args:
+        path: JSON file; None writes nothing.
+        about: What stands above the rows.
+    """
+
+    def __init__(self, path, about):
+        self._path, self._about, self.rows = path, about, []
+
+    def add(self, row):
+        self.rows.append(row)
+        if self._path is not None:
+            write_json(self._path, self._about | {"rows": self.rows})
+
+
 def write_json(path, data):
-    """Write `data` and its newline, folders included."""
+    """Write `data` and its newline, folders included; never half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(data, indent=1) + "\n")
+    new.replace(path)
 
 
 def _on_gpu(function):

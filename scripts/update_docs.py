@@ -86,6 +86,13 @@ def kernel_table(data):
     ]
     header = ["heads x tokens x head dim", "density", "kernel", "ms", "TFLOP/s"]
     note = "Random maps; TFLOP/s count kept work only."
+    errors = [row.get("error") for row in data["rows"]]
+    # Older files have none.
+    if any(error is not None for error in errors):
+        header.append("error")
+        note += " Errors are relative to float32, Frobenius, over the query blocks compared."
+        for row, error in zip(rows, errors):
+            row.append("-" if error is None else f"{error:.2%}")
     return f"{about(data)} {note}\n\n{markdown(header, rows)}"
 
 

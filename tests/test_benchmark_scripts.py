@@ -1,14 +1,81 @@
-"""The benchmarks: help, early errors, nothing without a GPU."""
+"""The benchmarks: help, early errors, nothing without a GPU; what is right, what is written."""
 
+import importlib
+import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+
+from dfsattn_diffusers.kernels import quantize
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 NAMES = ["benchmark_kernel", "benchmark_prologue"]
+
+
+@pytest.fixture
+def load(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module
+
+
+@pytest.fixture
+def kernels(load, monkeypatch):
+    """The kernel benchmark on a CPU, with a clock and a shape of its own."""
+    module = load("benchmark_kernel")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module, "about", lambda **more: dict.fromkeys(MACHINE, "1") | more)
+    monkeypatch.setattr(module, "milliseconds", lambda function, iterations: 2.0)
+    monkeypatch.setattr(module, "SHAPES", {"wan-720p": (2, 300, 64)})
+    monkeypatch.setattr(module, "dense_kernel", exact)
+    random = partial(module.Problem.random, device="cpu")
+    monkeypatch.setattr(module.Problem, "random", random)
+    return module
+
+
+MACHINE = "gpu", "torch", "triton", "date"
+
+
+def exact(problem):
+    """The right output in the inputs' precision, by the benchmark's own reference."""
+    heads, rows = problem.mask.shape[1:3]
+    dtype = problem.q.dtype
+    blocks = [torch.cat([problem.row(h, i, torch.float32) for i in range(rows)])
+              for h in range(heads)]
+    return lambda: torch.stack(blocks)[None].to(dtype)
+
+
+def exact_if(condition):
+    def prepare(problem):
+        run = exact(problem)
+        return lambda: run() if condition(problem) else run() * 1.2
+
+    return prepare
+
+
+def rounded(problem):
+    """As fp8 kernels round: q, k, v by block; weights, with their values' scale, from 256 down."""
+    x = quantize(problem.q, problem.k, problem.v, query_block=128, key_block=128)
+    tokens = problem.q.shape[2]
+
+    def each(scales):
+        return scales.repeat_interleave(128, -1)[..., :tokens]
+
+    q, k = x.q.float()[:, :, :tokens], x.k.float()[:, :, :tokens]
+    logits = (q * each(x.q_scales)[..., None]) @ (k * each(x.k_scales)[..., None]).mT
+    mask = problem.mask.repeat_interleave(128, 2).repeat_interleave(128, 3)
+    logits = (logits * q.shape[-1] ** -0.5).masked_fill(~mask[:, :, :tokens, :tokens], -torch.inf)
+    scales = each(x.v_scales)[:, :, None]
+    logits += scales.log()
+    weights = (logits - logits.amax(-1, keepdim=True)).exp() * 256
+    total = (weights / scales).sum(-1, keepdim=True)
+    values = x.v.float().mT[:, :, :tokens]
+    return (weights.to(torch.float8_e4m3fn).float() @ values / total).to(problem.q.dtype)
 
 
 def run(name, *arguments, **options):
@@ -46,3 +113,138 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(name, tmp_path):
 def test_prologue_refuses_bad_arguments(arguments, message):
     result = run("benchmark_prologue", *arguments)
     assert result.returncode == 2 and message in result.stderr
+
+
+def timed(output):
+    return [row["kernel"] for row in json.loads(output.read_text())["rows"]]
+
+
+def test_rows_outlive_a_kernel_that_fails(kernels, monkeypatch, tmp_path, capsys):
+    """One is wrong from the start, one late, one does not run; none of them costs the others."""
+
+    def broken(problem):
+        raise RuntimeError("no such instruction\nat 0x0")
+
+    ours = {
+        "ours: wrong": exact_if(lambda problem: False),
+        "ours: wrong later": exact_if(lambda problem: problem.q.shape[2] == 1000),
+        "ours: right": exact,
+    }
+    monkeypatch.setattr(kernels, "sparse_kernels", lambda settings, dtype: ours)
+    monkeypatch.setattr(kernels, "FLEX", {"Flex": broken, "Flex, wrong": ours["ours: wrong"]})
+    output = tmp_path / "new" / "kernel.json"
+    with pytest.raises(SystemExit) as stop:
+        kernels.main([f"--output={output}", "--densities", "0.5", "1"])
+    late = [f"{name}, wan-720p, even {density}" for density in (0.5, 1)
+            for name in ("ours: wrong later", "Flex, wrong")]
+    assert stop.value.code == f"not timed: {'; '.join(['ours: wrong', *late])}"
+    assert timed(output) == ["dense cuDNN (SDPA)", "ours: right"] * 2
+    assert list(output.parent.iterdir()) == [output]
+    out, err = capsys.readouterr()
+    assert "Flex, wan-720p, even 0.5: no such instruction\n" in err
+    assert "ours: wrong: wrong at [1, 3, 1000, 64], head 0, query block 0: error" in err
+    rows = json.loads(output.read_text())["rows"]
+    assert rows[0]["error"] is None and 1e-3 < rows[1]["error"] < 3e-3
+    assert out.splitlines()[-1] == (
+        f"| wan-720p | even | 1 | ours: right | 2.00 | {rows[-1]['tflops']:.0f} "
+        f"| {rows[-1]['error']:.2%} |"
+    )
+
+
+def test_every_row_is_in_the_file_before_the_next_is_measured(kernels, monkeypatch, tmp_path):
+    output, seen = tmp_path / "kernel.json", []
+
+    def looking(problem):
+        seen.append(timed(output) if output.exists() else None)
+        return exact(problem)
+
+    ours = {"ours: one": looking, "ours: two": looking}
+    monkeypatch.setattr(kernels, "sparse_kernels", lambda settings, dtype: ours)
+    kernels.main([f"--output={output}", "--no-flex"])
+    dense = "dense cuDNN (SDPA)"
+    # The gate looks twice at each.
+    assert seen == [None] * 4 + [[dense], [dense, "ours: one"]]
+
+
+def test_ours_has_to_run(kernels, monkeypatch, tmp_path):
+    def late(problem):
+        if problem.q.shape[2] != 1000:
+            raise RuntimeError("out of memory")
+        return exact(problem)
+
+    ours = {"ours: late": late, "ours: right": exact}
+    monkeypatch.setattr(kernels, "sparse_kernels", lambda settings, dtype: ours)
+    with pytest.raises(SystemExit, match="not timed: ours: late, wan-720p"):
+        kernels.main([f"--output={tmp_path / 'kernel.json'}", "--no-flex"])
+    assert timed(tmp_path / "kernel.json") == ["dense cuDNN (SDPA)", "ours: right"]
+
+
+def one_token(out):
+    out[0, 1, 200] = out[0, 1, 201]
+
+
+def one_token_halved(out):
+    out[0, 1, 200] *= 0.5
+
+
+def one_block(out):
+    out[0, 1, 128:256] = out[0, 0, 128:256]
+
+
+def one_head(out):
+    out[0, 1] *= 1.2
+
+
+def not_a_number(out):
+    out[0, 1, 200, 0] = torch.nan
+
+
+WRONG = [one_token, one_token_halved, one_block, one_head, not_a_number]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("heads, tokens, density", [(3, 1000, 0.3), (2, 4096, 0.1)])
+def test_fp8_may_round_but_not_be_wrong(load, head_dim, heads, tokens, density):
+    """Averages of many values are small beside the rounding of one; norms know."""
+    problems = load("kernel_problems")
+    torch.manual_seed(tokens + head_dim)
+    sizes = heads, tokens, head_dim
+    problem = problems.Problem.random(*sizes, density, torch.bfloat16, device="cpu")
+    rows = [(head, row) for head in range(heads) for row in range(problem.mask.shape[2])]
+    right = rounded(problem)
+    assert 0.04 < problems.check(problem, right, rows, torch.float32, fp8=True) < 0.06
+    with pytest.raises(problems.WrongOutput):
+        problems.check(problem, right, rows, torch.float32)
+    for spoil in WRONG:
+        out = right.clone()
+        spoil(out)
+        with pytest.raises(problems.WrongOutput, match="head 1, query block [01]: error"):
+            problems.check(problem, out, rows, torch.float32, fp8=True)
+
+
+@pytest.mark.parametrize("spoil", WRONG, ids=lambda spoil: spoil.__name__)
+def test_full_precision_is_held_to_every_element(load, spoil):
+    problems = load("kernel_problems")
+    problem = problems.Problem.random(2, 300, 64, 0.5, torch.bfloat16, "uneven", device="cpu")
+    out, rows = exact(problem)(), [(1, 0), (1, 1), (0, 2)]
+    assert problems.check(problem, out, rows, torch.float64) < 3e-3
+    spoil(out)
+    with pytest.raises(problems.WrongOutput):
+        problems.check(problem, out, rows, torch.float64)
+
+
+def test_the_documents_show_errors_where_there_are_any(load):
+    docs = load("update_docs")
+    data = dict.fromkeys(MACHINE, "1") | dict(dtype="bfloat16", iterations=7)
+    row = dict(shape="wan-720p", density=0.2, ms=45.58, tflops=513.0)
+    dense, fp8 = row | dict(kernel="dense"), row | dict(kernel="fp8", maps="uneven", error=0.0531)
+    data |= dict(shapes={"wan-720p": [40, 75_600, 128]}, rows=[dense])
+    about, _, header, _, line = docs.kernel_table(data).splitlines()
+    assert header.endswith("| ms | TFLOP/s |") and "rror" not in about
+    assert line == "| 40 x 75,600 x 128 | 0.2 | dense | 45.6 | 513 |"
+
+    data["rows"] = [dense | dict(error=None), dense, fp8]
+    about, _, header, _, *lines = docs.kernel_table(data).splitlines()
+    assert header.endswith("| TFLOP/s | error |") and "Errors are relative" in about
+    assert lines[0] == lines[1] == "| 40 x 75,600 x 128 | 0.2 | dense | 45.6 | 513 | - |"
+    assert lines[2] == "| 40 x 75,600 x 128 | 0.2, uneven | fp8 | 45.6 | 513 | 5.31% |"

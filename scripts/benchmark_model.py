@@ -96,22 +96,29 @@ def plan(config, steps):
     return kinds
 
 
+def warm_ups(kinds):
+    """One kind per mode: keep ratios share kernels, but a reuse needs the map just before it."""
+    reuse = next((i for i, kind in enumerate(kinds) if kind.startswith("reuse")), len(kinds))
+    return list({kind.split()[0]: kind for kind in kinds[: reuse + 1]}.values())
+
+
 def sample(run, preset, config, steps, record):
     """Time the first step of each kind, in order, until there are enough samples of all."""
-    first = {}
-    for step, kind in enumerate(plan(config, steps)):
-        first.setdefault(kind, step)
+    kinds = plan(config, steps)
+    first = {kind: kinds.index(kind) for kind in kinds}
     keys = {kind: f"ours {kind}" if kind == "dense" else f"{preset} {kind}" for kind in first}
     if not any(map(record.lacks, keys.values())):
         return
+    # Dense steps cost most and are the same with every preset.
+    if "dense" in first and not record.lacks(keys["dense"]):
+        del first["dense"]
     torch.compiler.reset()
     with enable_dfsattn(run, config), record.peak_memory(preset):
-        for step in [step for kind, step in first.items() if kind != "dense"][:2]:
+        for kind in warm_ups(list(first)):
             record.check_time()
-            run.step(step)
+            run.step(first[kind])
         while any(map(record.lacks, keys.values())):
             for kind, step in first.items():
-                # Dense steps cost most and are the same with every preset.
                 if kind != "dense" or record.lacks(keys[kind]):
                     record.time(keys[kind], lambda step=step: run.step(step))
 

@@ -99,6 +99,52 @@ def test_every_sample_is_of_the_kind_it_says(tiny, load, tmp_path, monkeypatch):
     assert set(record.data["ms"]) == kinds | {"ours dense", *benchmark.baselines_of(tiny)}
 
 
+def noted_steps(run, record, monkeypatch):
+    """Steps of a model that are run untimed, and the keys that are timed, in one list."""
+    step, time, events = run.step, record.time, []
+
+    def timed(key, function):
+        time(key, function)
+        events[-1] = key
+
+    monkeypatch.setattr(run, "step", lambda index: (events.append(index), step(index))[1])
+    monkeypatch.setattr(record, "time", timed)
+    return events
+
+
+def test_each_mode_is_warm_before_it_is_timed(load, tmp_path, monkeypatch):
+    """Or the first sample would hold what is compiled for it; once is enough."""
+    benchmark, tools = load("benchmark_model"), load("benchmark_tools")
+    run = load("video_models").Denoising(benchmark.TINY["wan-480p"], "cpu", torch.float32, STEPS)
+    record = tools.Record(tmp_path / "model.json", "model", math.inf, iterations=1)
+    events = noted_steps(run, record, monkeypatch)
+    configs = {name: resolve_config(name, **benchmark.TINY_CHANGES) for name in ("paper", "fast")}
+
+    benchmark.sample(run, "paper", configs["paper"], STEPS, record)
+    kinds = [f"{mode} {ratio}" for ratio in (0.3, 0.2, 0.1) for mode in ("refresh", "reuse")]
+    # Steps 0, 2 and 3: dense, refresh, reuse.
+    assert events == [0, 2, 3, "ours dense", *(f"paper {kind}" for kind in kinds)]
+
+    events.clear()
+    benchmark.sample(run, "paper", configs["paper"], STEPS, record)
+    assert events == []
+    benchmark.sample(run, "fast", configs["fast"], STEPS, record)
+    assert events == [2, 3, *(f"fast {kind}" for kind in kinds)]
+
+
+@pytest.mark.parametrize(
+    "kinds, wanted",
+    [
+        ("dense, refresh 3, reuse 3, refresh 2, reuse 2", "dense, refresh 3, reuse 3"),
+        ("refresh 3, refresh 2, reuse 2", "refresh 2, reuse 2"),
+        ("dense, refresh 3", "dense, refresh 3"),
+        ("dense", "dense"),
+    ],
+)
+def test_a_reuse_is_warmed_after_its_own_refresh(load, kinds, wanted):
+    assert load("benchmark_model").warm_ups(kinds.split(", ")) == wanted.split(", ")
+
+
 def test_trimming_changes_time_only(tiny):
     stock = dict(tiny.transformer.attn_processors)
     wanted = tiny.step(0)

@@ -1,19 +1,17 @@
 """Time the prologue beside a device copy of the same bytes and eager torch, on one CUDA GPU.
 
-Values are random and new in every run. A kernel that is not right is not timed.
+Values are random and new in every run. A kernel that is not right is not timed. Every row is
+written as soon as it is there.
 """
 
-import json
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from dataclasses import astuple, dataclass, fields, replace
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
 import torch
-import triton
-from benchmark_kernel import milliseconds
+from benchmark_tools import Rows, about, milliseconds
 
 from dfsattn_diffusers.kernels import prologue_kernels
 from dfsattn_diffusers.kernels.prologue import Norm, Rotary, Stream, prepare_qkv, reference
@@ -134,9 +132,9 @@ def copy_ms(count, iterations):
     return milliseconds(lambda: target.copy_(source), iterations)
 
 
-def benchmark(shape, args):
-    """Rows of the table for one shape."""
-    problem, rows = Problem(SHAPES[shape], args.dtype), []
+def benchmark(shape, args, rows):
+    """Add the rows of one shape."""
+    problem = Problem(SHAPES[shape], args.dtype)
     for variant in args.variants:
         arguments = problem.variant(variant)
         out = prepare_qkv(problem.streams, **arguments)
@@ -147,7 +145,7 @@ def benchmark(shape, args):
             if call is not reference:
                 check(f"{name}, {variant}, {shape}", problem, call, arguments)
             ms = milliseconds(partial(call, problem.streams, **arguments), args.iters)
-            rows.append(
+            rows.add(
                 dict(shape=shape, variant=variant, kernel=name, ms=ms, copy_ms=copy,
                      gb_per_s=count / ms / 1e6, share_of_copy=copy / ms)
             )  # fmt: skip
@@ -156,7 +154,17 @@ def benchmark(shape, args):
                 f"{copy / ms:.0%} |",
                 flush=True,
             )
-    return rows
+
+
+def print_fastest(rows):
+    """Of the kernels timed, by shape and variant."""
+    best = {}
+    for row in rows:
+        key = row["shape"], row["variant"]
+        best[key] = min(best.get(key, row), row, key=lambda row: row["ms"])
+    print("\n| shape | variant | fastest | ms |\n|---|---|---|---|")
+    for (shape, variant), row in best.items():
+        print(f"| {shape} | {variant} | {row['kernel']} | {row['ms']:.3f} |")
 
 
 def with_settings(settings):
@@ -209,22 +217,16 @@ def main(argv=None):
     if args.eager:
         args.calls["eager torch"] = reference
 
-    about = dict(
-        gpu=torch.cuda.get_device_name(),
-        torch=torch.__version__,
-        triton=triton.__version__,
-        dtype=str(args.dtype).removeprefix("torch."),
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        seed=seed,
-        iterations=args.iters,
+    record = about(
+        dtype=str(args.dtype).removeprefix("torch."), seed=seed, iterations=args.iters
     )
-    print(", ".join(f"{key} {about[key]}" for key in ("gpu", "torch", "triton", "dtype", "date")))
+    print(", ".join(f"{key} {record[key]}" for key in ("gpu", "torch", "triton", "dtype", "date")))
     print("\n| shape | variant | kernel | ms | GB/s | share of copy |\n|---|---|---|---|---|---|")
+    table = Rows(args.output, record)
     with torch.no_grad():
-        rows = [row for shape in args.shapes for row in benchmark(shape, args)]
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+        for shape in args.shapes:
+            benchmark(shape, args, table)
+    print_fastest(table.rows)
 
 
 if __name__ == "__main__":

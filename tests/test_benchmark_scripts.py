@@ -233,6 +233,54 @@ def test_full_precision_is_held_to_every_element(load, spoil):
         problems.check(problem, out, rows, torch.float64)
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_prologue_rows_outlive_a_failure_and_the_fastest_is_named(
+    load, monkeypatch, tmp_path, capsys, broken
+):
+    module = load("benchmark_prologue")
+    times = iter([4.0, 3.0, 9.0, 1.0, 2.0, RuntimeError() if broken else 9.0])
+
+    def milliseconds(function, iterations):
+        if isinstance(ms := next(times), RuntimeError):
+            raise ms
+        return ms
+
+    class Problem:
+        streams = ()
+
+        def __init__(self, shape, dtype):
+            pass
+
+        def variant(self, name):
+            return {}
+
+    stubs = dict(
+        about=lambda **more: dict.fromkeys(MACHINE, "1") | more, milliseconds=milliseconds,
+        Problem=Problem, prepare_qkv=lambda streams: None, check=lambda *args: None,
+        moved_bytes=lambda *args: 10**6, copy_ms=lambda *args: 0.5,
+    )
+    for name, stub in stubs.items():
+        monkeypatch.setattr(module, name, stub)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    output = tmp_path / "prologue.json"
+    arguments = [f"--output={output}", "--shapes", "wan-720p", "cogvideox"]
+    arguments += ["--variants", "curve order", "--settings", "16,4,4096,4,2"]
+    if broken:
+        with pytest.raises(RuntimeError):
+            module.main(arguments)
+    else:
+        module.main(arguments)
+    kernels = ["ours", "ours, 16,4,4096,4,2", "eager torch"] * 2
+    assert timed(output) == kernels[: 5 if broken else 6]
+    out = capsys.readouterr().out
+    assert ("fastest" in out) == (not broken)
+    if not broken:
+        assert out.splitlines()[-2:] == [
+            "| wan-720p | curve order | ours, 16,4,4096,4,2 | 3.000 |",
+            "| cogvideox | curve order | ours | 1.000 |",
+        ]
+
+
 def test_the_documents_show_errors_where_there_are_any(load):
     docs = load("update_docs")
     data = dict.fromkeys(MACHINE, "1") | dict(dtype="bfloat16", iterations=7)

@@ -57,7 +57,7 @@ def train_text_encoder(tokenizer, encoder, source, seconds, log):
         logits, right = read()
         losses = [F.cross_entropy(x, y) for x, y in zip(logits, right.unbind(-1), strict=True)]
         loss = torch.stack(losses).sum()
-        update(optimizer, loss, min(1.0, (step + 1) / 100) * cosine(RATE, 1e-5, share))
+        update([optimizer], loss, min(1.0, (step + 1) / 100) * cosine(RATE, 1e-5, share))
         if step % 200 == 199:
             log("text", step=step + 1, loss=loss.item())
     encoder.requires_grad_(False).eval()

@@ -47,7 +47,9 @@ def _resample_frames(layer, x):
 def _downsample(layer, x):
     """The first frame passes through time untouched, the rest by strides of two."""
     x = _resample_frames(layer, x)
-    return torch.cat((x[:, :, :1], layer.time_conv(x)), 2) if layer.mode == "downsample3d" else x
+    if layer.mode != "downsample3d" or x.shape[2] == 1:
+        return x
+    return torch.cat((x[:, :, :1], layer.time_conv(x)), 2)
 
 
 def _upsample(layer, x):
@@ -118,7 +120,7 @@ def train_vae(vae, source, shapes, seconds, log):
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     for step, share in steps_until(deadline):
         loss, error = _loss(vae, source.draw(*source.rng.choice(shapes))[1])
-        update(optimizer, loss, min(1.0, (step + 1) / 100) * cosine(1.5e-3, 1e-5, share))
+        update([optimizer], loss, min(1.0, (step + 1) / 100) * cosine(1.5e-3, 1e-5, share))
         if step % 20 == 0:
             value = loss.item()  # waits for the device, so that the clock is honest
             if step % 200 == 0:

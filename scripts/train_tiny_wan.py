@@ -26,13 +26,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from clip_trainer import PROMPTS, Trainer, stages
+from clip_trainer import PROMPTS, SHEET_SIZES, Trainer, stages
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from procedural_clips import FRAMES, PLAIN, RICH, ClipSource, vocabulary
 from tiny_wan_models import build_text_encoder, build_tokenizer, build_transformer
 from tiny_wan_text import train_text_encoder
 from tiny_wan_vae import build_vae, measure_vae, train_vae
-from training_tools import Log, pack, save_sheet
+from training_tools import Log, join, pack, rank, save_sheet
 from witness_families import Wan
 
 SHIFT = 8.0  # of the sampler
@@ -104,6 +104,7 @@ def parse_arguments():
     add("--vae-seconds", type=float, default=115)
     add("--text-seconds", type=float, default=45, help="captions alone")
     add("--warm-seconds", type=float, default=110, help="64 x 64 pixels, 1,088 tokens")
+    add("--stills-seconds", type=float, default=0, help="128 x 128 pixels, mostly 1 and 5 frames")
     add("--small-seconds", type=float, default=200, help="128 x 128 pixels, 4,352 tokens")
     add("--mixed-seconds", type=float, default=200, help="also 256 x 256 pixels, 17,408 tokens")
     add("--total-seconds", type=float, default=540, help="stages are cut to end the run in time")
@@ -114,21 +115,21 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    device = join()
     args.report.mkdir(parents=True, exist_ok=True)
     log = Log(args.report / "train_log.jsonl")
     shapes, steps = VAE_SHAPES, 25
-    plan = stages(args.warm_seconds, args.small_seconds, args.mixed_seconds, args.smoke)
+    seconds = args.warm_seconds, args.stills_seconds, args.small_seconds, args.mixed_seconds
+    plan, sizes = stages(*seconds, args.smoke), SHEET_SIZES
     if args.smoke:
-        shapes, steps = ((2, 5, 32, 32), (1, 9, 32, 48)), 2
-    sizes = plan[2][1][:2]
+        shapes, sizes, steps = ((2, 5, 32, 32), (1, 9, 32, 48)), ((32, 32), (64, 64)), 2
 
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     log("start", device=name, torch=torch.__version__, seed=args.seed)
-    source = ClipSource(args.seed, device, RICH)
+    source = ClipSource(args.seed + rank(), device, RICH)
     former = None
     if args.resume is not None:
         former = WanPipeline.from_pretrained(args.resume)
@@ -151,6 +152,7 @@ def main():
     else:
         tokenizer = former.tokenizer
         transformer, text_encoder = former.transformer, former.text_encoder
+    torch.manual_seed(args.seed + rank())  # of the noise; weights are equal by now
     trainer = Trainer(
         Wan(), transformer, tokenizer, text_encoder, vae, source, log, args.compiled
     )
@@ -165,8 +167,11 @@ def main():
             continue
         seconds = min(seconds, args.total_seconds - RESERVE - log.seconds())
         trainer.train(stage, grids, pixels, seconds, *rest)
-        save(trainer, args.output)
-        log("save", **pack(args.output, args.report))
+        if rank() == 0:
+            save(trainer, args.output)
+            log("save", **pack(args.output, args.report))
+    if rank():
+        return
     sample(args.output, args.report, device, sizes, steps, log)
     log("end")
 

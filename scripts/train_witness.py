@@ -11,14 +11,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from clip_trainer import PROMPTS, Trainer, stages
+from clip_trainer import PROMPTS, SHEET_SIZES, Trainer, stages
 from procedural_clips import FRAMES, PLAIN, ClipSource
 from training_tools import Log, pack, save_sheet
 from witness_families import FAMILIES
 from witnesses import PATCH, Witness, load_tiny_parts, save_witness
 
-# Shares of the time for 1,088, 4,352, and up to 17,408 tokens; the rest is for saving and sampling.
-SHARES, RESUMED_SHARES = (0.2, 0.35, 0.38), (0.0, 0.4, 0.52)
+# Of the time, for the stages of `clip_trainer`; the rest is for saving and sampling.
+SHARES, RESUMED_SHARES = (0.1, 0.25, 0.25, 0.33), (0.0, 0.2, 0.25, 0.47)
 
 
 def sample(family, folder, report, device, sizes, steps, log):
@@ -73,10 +73,11 @@ def main(argv=None):
     )
     shares = SHARES if args.resume is None else RESUMED_SHARES
     plan = stages(*(share * args.seconds for share in shares))
-    sizes, steps = plan[2][1][:2], 25
+    sizes, steps = SHEET_SIZES, 25
     if args.smoke:
         sizes, steps = ((16, 24),), 2
-        plan = [(stage, sizes, 16 * 24, *rest) for stage, _, _, *rest in plan]
+        tiny = (FRAMES, 16, 24), (1, 16, 24)
+        plan = [(stage, tiny, 17 * 16 * 24, *rest) for stage, _, _, *rest in plan]
     for share, (stage, grids, pixels, seconds, *rest) in zip(shares, plan, strict=True):
         if not share:
             continue

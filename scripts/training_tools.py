@@ -3,11 +3,13 @@
 import io
 import json
 import math
+import os
 import tarfile
 import textwrap
 import time
 
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 
 
@@ -16,6 +18,8 @@ class Log:
 
     def __init__(self, path):
         self.start = time.perf_counter()
+        # Of several processes the first one speaks.
+        path = os.devnull if rank() else path
         self.file = open(path, "w", buffering=1)  # noqa: SIM115 - lives as long as the run
 
     def seconds(self):
@@ -27,8 +31,44 @@ class Log:
             for key, value in record.items()
         }
         line = json.dumps({"seconds": round(self.seconds(), 1), "stage": stage, **record})
-        print(line, flush=True)
+        if rank() == 0:
+            print(line, flush=True)
         self.file.write(line + "\n")
+
+
+def join():
+    """The device of this process, one of those that `torchrun` started or the only one."""
+    gpu, number = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", number) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    return device
+
+
+def rank():
+    """Number of this process among those that train together."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def agreed(number):
+    """The first process's number, in all of them; the device does not wait."""
+    if dist.is_initialized():
+        number = torch.tensor(number, dtype=torch.float64)
+        dist.broadcast(number, 0)
+        number = number.item()
+    return number
+
+
+def average_gradients(parameters):
+    """Over all processes."""
+    if dist.is_initialized():
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat, dist.ReduceOp.AVG)
+        parts = flat.split([grad.numel() for grad in grads])
+        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads)])
 
 
 def steps_until(deadline):
@@ -36,7 +76,8 @@ def steps_until(deadline):
     start, step, share = time.perf_counter(), 0, 0.0
     while share < 1:
         yield step, share
-        step, share = step + 1, (time.perf_counter() - start) / max(deadline - start, 1e-3)
+        share = agreed((time.perf_counter() - start) / max(deadline - start, 1e-3))
+        step += 1
 
 
 def cosine(first, last, share):
@@ -52,14 +93,18 @@ def psnr(error):
     return -10 * math.log10(error.square().mean().item() / 4)
 
 
-def update(optimizer, loss, rate):
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for group in optimizer.param_groups:
+def update(optimizers, loss, rate):
+    """One step of all of them, with the gradients of all clipped together."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    for group in groups:
         group["lr"] = rate
     loss.backward()
+    average_gradients(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def timed(device, function, *arguments):

@@ -62,24 +62,14 @@ def test_every_way_to_launch(backend, monkeypatch, persistent, early, num_stages
 
 
 @pytest.fixture
-def reader(backend, monkeypatch):
-    """The backend with settings that read pools."""
-    given = backend.settings_for
-    monkeypatch.setattr(
-        backend, "settings_for", lambda call: replace(given(call), reads_pools=True)
-    )
-    return backend
-
-
-@pytest.fixture
-def own_tail(reader, monkeypatch):
+def own_tail(backend, monkeypatch):
     """No second pass may add the tail."""
 
     def refuse(call):
         raise AssertionError("the kernel left the tail to add_tail")
 
     monkeypatch.setattr(api, "add_tail", refuse)
-    return reader
+    return backend
 
 
 @pytest.mark.parametrize(
@@ -108,7 +98,7 @@ def test_tail_of_nasty_problems(own_tail, change):
 def test_tail_in_every_way_to_launch(
     own_tail, monkeypatch, persistent, early, num_stages, change
 ):
-    settings = own_tail.LaunchSettings(num_stages, persistent, early, reads_pools=True)
+    settings = own_tail.LaunchSettings(num_stages, persistent, early)
     monkeypatch.setattr(own_tail, "settings_for", lambda call: settings)
     p = change(
         problem(dtype=torch.float16, num_queries=300, num_keys=1300, heads=1, density=0.4)
@@ -145,14 +135,31 @@ def test_rows_that_keep_everything_read_no_tail(own_tail):
 
 
 @pytest.mark.parametrize("pool, moment", [(32, True), (128, False)])
-def test_tail_left_to_a_second_pass(reader, pool, moment):
+def test_tail_left_to_a_second_pass(backend, pool, moment):
     p = problem(dtype=torch.float16, num_queries=300)
     check_tail(p, pool, moment, "gluon_hopper")
 
 
+def test_calls_whose_tail_the_kernel_reads_have_a_table(backend, monkeypatch):
+    """Others launch as if without: a variance, and sizes, addresses or strides unknown to it."""
+    p = problem(dtype=torch.float16, num_queries=300, head_dim=128)
+    means, large = tail_of(p, 32, False), tail_of(p, 128, False)
+    odd = torch.zeros(*means.keys.shape[:3], 131, dtype=torch.float16)[..., 1:129]
+    odd.copy_(means.keys)
+    others = (None, tail_of(p, 32, True), large, replace(means, keys=odd))
+    launched = []
+    launch = backend.launch
+    monkeypatch.setattr(backend, "launch", lambda *args: (launched.append(args[1]), launch(*args)))
+    outs = [p.run("gluon_hopper", tail=tail) for tail in (means, *others)]
+    plain = backend.SETTINGS[128, 128]
+    assert launched == [backend.TAIL_SETTINGS[128, 128]] + [plain] * 4
+    assert plain != launched[0]
+    torch.testing.assert_close(outs[0], outs[-1], rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("pool", [None, 16])
 @pytest.mark.parametrize("per_head", [False, True])
-def test_output_order(reader, pool, per_head):
+def test_output_order(backend, pool, per_head):
     p = problem(dtype=torch.float16, num_queries=300)
     tail = tail_of(p, pool, False) if pool else None
     check_order(p, "gluon_hopper", per_head, tail=tail)

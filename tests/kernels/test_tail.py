@@ -48,6 +48,15 @@ def tail_of(p, pool, moment):
 
 def exact(p, tail, dtype, moment):
     """Output and log-sum-exp by one softmax over kept keys and the pools of all others."""
+    return p.by_parts(lambda part, at: exact_part(part, part_of(tail, at), dtype, moment))
+
+
+def part_of(tail, at):
+    variance = None if tail.variance is None else tail.variance[at]
+    return Tail(tail.keys[at], tail.values[at], tail.log_counts[at[0]], variance)
+
+
+def exact_part(p, tail, dtype, moment):
     real = p.real_keys()
     keys, values, means, sums = (x.to(dtype) for x in (p.k, p.v, tail.keys, tail.values))
     keys, values = (x.masked_fill(~real[:, None, :, None], 0) for x in (keys, values))

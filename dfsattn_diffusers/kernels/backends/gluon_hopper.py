@@ -37,13 +37,11 @@ class LaunchSettings:
         num_stages: Slots of the rings of key and of value blocks.
         persistent: One program per multiprocessor that takes row after row, not one per row.
         early: Whether the wait for the next keys comes before the one for the last product.
-        reads_pools: Whether the kernel reads a tail of means itself; off until a GPU has timed it.
     """
 
     num_stages: int
     persistent: bool = True
     early: bool = True
-    reads_pools: bool = False
 
 
 # By head dim and key block.
@@ -52,6 +50,13 @@ SETTINGS = {
     (128, 64): LaunchSettings(3, persistent=False, early=False),
     (64, 128): LaunchSettings(3, early=False),
     (64, 64): LaunchSettings(6, early=False),
+}
+# Of calls whose tail the kernel reads: one program per row was fastest in every case timed.
+TAIL_SETTINGS = {
+    (128, 128): LaunchSettings(2, persistent=False),
+    (128, 64): LaunchSettings(3, persistent=False, early=False),
+    (64, 128): LaunchSettings(3, persistent=False, early=False),
+    (64, 64): LaunchSettings(6, persistent=False, early=False),
 }
 
 
@@ -311,13 +316,9 @@ def refused(call: AttentionCall) -> str | None:
 def takes_tail(call: AttentionCall) -> bool:
     """Whether the kernel reads the call's pools itself: means alone, of sizes that it knows."""
     tail = call.tail
-    return (
-        settings_for(call).reads_pools
-        and tail.variance is None
-        and _pool_size(call) in tails.SIZES
-        and _can_describe(tail.keys)
-        and _can_describe(tail.values)
-    )
+    if tail is None or tail.variance is not None or _pool_size(call) not in tails.SIZES:
+        return False
+    return _can_describe(tail.keys) and _can_describe(tail.values)
 
 
 def _pool_size(call: AttentionCall) -> int:
@@ -352,8 +353,9 @@ def _describe(x: Tensor, rows: int) -> TensorDescriptor:
 
 
 def settings_for(call: AttentionCall) -> LaunchSettings:
-    """The table's entry for the call's head dim and key block."""
-    return SETTINGS[call.q.shape[-1], call.block_map.key_block]
+    """The entry for the call's head dim and key block; calls with a tail to read have a table."""
+    table = TAIL_SETTINGS if takes_tail(call) else SETTINGS
+    return table[call.q.shape[-1], call.block_map.key_block]
 
 
 def forward(call: AttentionCall) -> None:
@@ -365,7 +367,7 @@ def launch(call: AttentionCall, settings: LaunchSettings) -> None:
     """Run the kernel; benchmarks pass settings of their own."""
     block_map, key_lengths = call.block_map, call.key_lengths
     order, order_stride = call.order_and_stride()
-    tail = call.tail if call.tail is not None and takes_tail(call) else None
+    tail = call.tail if takes_tail(call) else None
     batch, heads, num_queries, head_dim = call.q.shape
     num_rows, key_block = block_map.counts.shape[-1], block_map.key_block
     num_work = batch * heads * num_rows

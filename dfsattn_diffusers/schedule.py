@@ -9,6 +9,8 @@ from typing import Literal
 from .configs import DFSAttnConfig
 
 Mode = Literal["dense", "refresh", "reuse"]
+# Steps between refreshes that are dense as well: closer ones would be most of a short run.
+LEAST_DENSE_INTERVAL = 4
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ def segment_of(step: int, num_steps: int, config: DFSAttnConfig) -> int:
     since_dense = step - steps_of(config.dense_fraction, num_steps)
     interval = steps_of(config.refresh_interval, num_steps)
     if config.residual_pool is not None:
-        # A refresh is dense as well: the last dense step serves, and never two in a row.
+        # A refresh is dense as well: the last dense step serves, and short runs have few of them.
         since_dense += config.dense_fraction > 0
-        interval = max(interval, 2)
+        interval = max(interval, LEAST_DENSE_INTERVAL)
     if since_dense < 0:
         return -1
     refreshes = config.refreshes or len(config.keep_ratios)

@@ -1,19 +1,24 @@
 """Train the tiny Wan pipeline of the package: VAE first, then text encoder and transformer.
 
 Every clip is drawn on the device (`procedural_clips`), nothing is downloaded, and each stage has a
-budget in seconds, so that a run ends in time on any machine. The shipped weights took one H200,
-and for the last three one H100, these commands; `benchmarks/tiny_wan_training.jsonl` holds the log
-of each but the second, whose log was lost with its machine:
+budget in seconds, so that a run ends in time on any machine; `torchrun` shares the work among GPUs.
+The shipped weights took these commands, on an H200, from the third on an H100, the last on two.
+`benchmarks/tiny_wan_training.jsonl` holds the log of each but the second, whose log was lost:
 
-    run() { python scripts/train_tiny_wan.py --output $1 --report $1_report ${@:2}; }
+    run() { torchrun scripts/train_tiny_wan.py --output $1 --report $1_report ${@:2}; }
     run vae --vae-only --vae-seconds 150
     run text --vae vae/vae
-    run captions --resume text --warm-seconds 180 --small-seconds 160 --mixed-seconds 130
-    run outlines --resume captions --warm-seconds 0 --small-seconds 0 --mixed-seconds 165
-    run calm --resume outlines --warm-seconds 0 --small-seconds 310 --mixed-seconds 190
+    run captions --resume text --warm-seconds 180 --stills-seconds 0 --small-seconds 160 \
+        --mixed-seconds 130
+    run outlines --resume captions --warm-seconds 0 --stills-seconds 0 --small-seconds 0 \
+        --mixed-seconds 165
+    run calm --resume outlines --warm-seconds 0 --stills-seconds 0 --small-seconds 310 \
+        --mixed-seconds 190
+    run stills --resume calm --warm-seconds 0 --stills-seconds 215 --small-seconds 130 \
+        --mixed-seconds 165 --total-seconds 548
 
-The last one saw calmer scenes than those before it: backgrounds of half the contrast, and two
-shapes in every third clip in place of every second.
+The last two saw calmer scenes than those before: backgrounds of half the contrast, and two shapes
+in every third clip in place of every second. All but the last saw whole clips only, with AdamW.
 
 The VAE learns a richer world than the transformer, which is too small for all of it. Stages end by
 the clock: the same seed gives the same recipe, not the same bits.
@@ -103,10 +108,10 @@ def parse_arguments():
     add("--vae-only", action="store_true", help="train the VAE, save it in OUTPUT/vae and stop")
     add("--vae-seconds", type=float, default=115)
     add("--text-seconds", type=float, default=45, help="captions alone")
-    add("--warm-seconds", type=float, default=110, help="64 x 64 pixels, 1,088 tokens")
-    add("--stills-seconds", type=float, default=0, help="128 x 128 pixels, mostly 1 and 5 frames")
-    add("--small-seconds", type=float, default=200, help="128 x 128 pixels, 4,352 tokens")
-    add("--mixed-seconds", type=float, default=200, help="also 256 x 256 pixels, 17,408 tokens")
+    add("--warm-seconds", type=float, default=40, help="64 x 64 pixels, 1,088 tokens")
+    add("--stills-seconds", type=float, default=110, help="128 x 128 pixels, 1 and 5 frames")
+    add("--small-seconds", type=float, default=90, help="128 x 128 pixels, 4,352 tokens")
+    add("--mixed-seconds", type=float, default=110, help="also 256 x 256 pixels, 17,408 tokens")
     add("--total-seconds", type=float, default=540, help="stages are cut to end the run in time")
     add("--no-compile", dest="compiled", action="store_false")
     add("--smoke", action="store_true", help="every stage at toy sizes, to test on a CPU")

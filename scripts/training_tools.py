@@ -1,5 +1,6 @@
 """What both trainings share: log, time budgets, contact sheets and the tar parts."""
 
+import atexit
 import io
 import json
 import math
@@ -44,6 +45,7 @@ def join():
         torch.cuda.set_device(device)
     if dist.is_torchelastic_launched():
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+        atexit.register(dist.destroy_process_group)
     return device
 
 

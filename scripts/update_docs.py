@@ -16,7 +16,7 @@ from fidelity_report import HEADER, drawing, groups, rows_of, title_of, usual_st
 
 from dfsattn_diffusers import list_presets
 from dfsattn_diffusers.configs import resolve_config
-from dfsattn_diffusers.schedule import nominal_cost
+from dfsattn_diffusers.schedule import nominal_cost, steps_of
 
 ROOT = Path(__file__).parent.parent
 STEPS = 50
@@ -34,17 +34,29 @@ def presets():
         rows.append(
             [
                 f"`{name}`",
-                f"{config.dense_fraction:.0%}",
+                dense_steps(config),
                 ", ".join(f"{ratio:g}" for ratio in config.keep_ratios),
-                f"per {config.budget}",
                 f"{config.query_block} x {config.key_block}",
-                f"{config.tail} of {config.tail_pool}" if config.tail else "dropped",
+                "one" if isinstance(config.order, str) else f"{len(config.order)}, by head",
+                f"mean of {config.tail_pool}" if config.tail else "dropped",
+                f"of {config.residual_pool}" if config.residual_pool else "none",
                 f"{nominal_cost(config):.2f}",
                 f"{measured[name]:.1f} dB" if name in measured else "",
             ]
         )
-    header = ["preset", "dense steps", "kept ratios", "budget", "blocks", "the rest", "cost"]
-    return markdown([*header, "PSNR"], rows)
+    header = ["preset", "dense steps", "kept ratios", "blocks", "curves", "the rest", "residuals"]
+    return markdown([*header, "cost", "PSNR"], rows)
+
+
+def dense_steps(config):
+    start, interval = (
+        steps_of(share, STEPS) for share in (config.dense_fraction, config.refresh_interval)
+    )
+    if config.residual_pool is None:
+        return f"first {start}"
+    if config.refreshes is None:
+        return f"first {start}, then {len(config.keep_ratios) - 1} more"
+    return f"first {start}, then every {interval}th"
 
 
 def preset_psnr():
@@ -113,8 +125,8 @@ def prologue():
     return f"{about(data)}\n\n{markdown(header, rows)}"
 
 
-def fidelity_data():
-    path = ROOT / "benchmarks" / "fidelity.json"
+def fidelity_data(name="fidelity"):
+    path = ROOT / "benchmarks" / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -123,17 +135,26 @@ def fidelity():
     if data is None or not groups(data):
         return "Not measured yet: there is no `benchmarks/fidelity.json`."
     machine, settings = data["machine"], data["settings"]
-    parts = [
+    about = (
         f"One {machine['gpu']}, torch {machine['torch']}, diffusers {machine['diffusers']}, "
         f"guidance {settings['guidance']:g}; {usual_steps(data)} steps where the name does not say "
         "otherwise. PSNR in dB and SSIM to the dense clip of the same seed, mean over cases; "
         "`worst` is the lowest PSNR of a case; `to the paper` is the mean paired difference in dB, "
         "with its 95 % bootstrap interval.\n\n"
         "![Quality against cost](fidelity.svg)"
+    )
+    return "\n\n".join([about, *fidelity_tables(data)])
+
+
+def earlier_fidelity():
+    return "\n\n".join(fidelity_tables(fidelity_data("fidelity_earlier")))
+
+
+def fidelity_tables(data):
+    return [
+        f"### {title_of(witness, grid, runs)}\n\n{markdown(HEADER, rows_of(runs))}"
+        for (witness, grid), runs in groups(data).items()
     ]
-    for (witness, grid), runs in groups(data).items():
-        parts.append(f"### {title_of(witness, grid, runs)}\n\n{markdown(HEADER, rows_of(runs))}")
-    return "\n\n".join(parts)
 
 
 def models():
@@ -161,7 +182,7 @@ def models():
 TABLES = {
     "README.md": {"presets": presets},
     "docs/performance.md": {"kernels": kernels, "prologue": prologue, "models": models},
-    "docs/fidelity.md": {"fidelity": fidelity},
+    "docs/fidelity.md": {"fidelity": fidelity, "earlier": earlier_fidelity},
 }
 DRAWING = "docs/fidelity.svg"
 

@@ -17,9 +17,9 @@ def test_the_last_dense_step_is_the_first_refresh():
     run = [mode for mode, _ in modes(50, SPARSE.replace(residual_pool=1))]
     assert [i for i, mode in enumerate(run) if mode == "refresh"] == [11, 23, 35]
     assert run[:11] == ["dense"] * 11 and run[49] == "reuse"
-    # Dense in every step would leave nothing to correct.
-    few = [mode for mode, _ in modes(4, SPARSE.replace(residual_pool=1))]
-    assert few == ["refresh", "reuse"] * 2
+    # Dense refreshes as often as the fraction says would be most of a short run.
+    few = [mode for mode, _ in modes(8, SPARSE.replace(residual_pool=1))]
+    assert few == ["dense"] + (["refresh"] + ["reuse"] * 3 + ["refresh"] + ["reuse"] * 2)
     never_dense = SPARSE.replace(residual_pool=1, dense_fraction=0)
     assert modes(50, never_dense)[0][0] == "refresh"
 

@@ -58,9 +58,10 @@ class DFSAttnConfig:
             tail, is mass times the spread of logits and of values within the pools, so that what
             the tail would get most wrong is kept.
         residual_pool: Queries that share a correction, None for no correction. With it a refresh
-            is dense as well; what the sparse output lacks there, averaged over so many queries in
-            curve order, is added to the sparse outputs until the next refresh. 1 is the closest
-            and keeps an attention output in memory for every layer and branch; 128 takes 1/128.
+            is dense as well, and at least four steps from the next; what the sparse output lacks
+            there, averaged over so many queries in curve order, is added to the sparse outputs
+            until the next refresh. 1 is the closest and keeps an attention output in memory for
+            every layer and branch; 128 takes 1/128.
         dense_layers: Indices of layers that stay dense in every step.
         min_tokens: With fewer video tokens than this, attention stays dense.
         share_maps_across_branches: Use the first guidance branch's map for the others too, where

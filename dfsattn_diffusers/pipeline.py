@@ -85,7 +85,7 @@ def enable_dfsattn(
         pipe_or_transformer: A diffusers pipeline, or its transformer alone.
         config: A preset's name (see `list_presets`), a config, a mapping of config fields, or the
             path of a JSON or YAML file.
-        cost: Attention work of a whole run relative to dense, in (0, 1]: dense share and keep
+        cost: Attention work of a whole run relative to dense, in (0, 1]: dense steps and keep
             ratios of `config` are scaled alike until they meet it.
         **overrides: Config fields that replace those of `config`.
 

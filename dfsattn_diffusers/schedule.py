@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,8 @@ from .configs import DFSAttnConfig
 Mode = Literal["dense", "refresh", "reuse"]
 # Steps between refreshes that are dense as well: closer ones would be most of a short run.
 LEAST_DENSE_INTERVAL = 4
+# Factor of a config of nearly no cost.
+_LEAST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,11 @@ def nominal_cost(config: DFSAttnConfig, num_steps: int = 50) -> float:
 
 
 def config_for_cost(config: DFSAttnConfig, cost: float, num_steps: int = 50) -> DFSAttnConfig:
-    """A config of this nominal cost: dense share and keep ratios are scaled alike.
+    """A config of this nominal cost: its dense steps and its keep ratios are scaled alike.
 
     Args:
-        config: Where to start from; everything but `dense_fraction` and `keep_ratios` stays.
+        config: Where to start from. `dense_fraction` and `keep_ratios` change, and where refreshes
+            are dense and go on to the end of the run, `refresh_interval`; all else stays.
         cost: Attention work relative to dense over a run; in (0, 1].
         num_steps: Steps of that run.
 
@@ -118,21 +122,33 @@ def config_for_cost(config: DFSAttnConfig, cost: float, num_steps: int = 50) -> 
     """
     if isinstance(cost, bool) or not isinstance(cost, (int, float)) or not 0 < cost <= 1:
         raise ValueError(f"cost must be a number in (0, 1]; got {cost!r}.")
-    dense = min(1.0, config.dense_fraction * cost / nominal_cost(config, num_steps))
-    config = config.replace(dense_fraction=dense)
+    stretch = config.residual_pool is not None and config.refreshes is not None
 
-    def scaled(factor: float) -> DFSAttnConfig:
-        return config.replace(keep_ratios=[min(1.0, r * factor) for r in config.keep_ratios])
+    def scaled(dense: float, kept: float) -> DFSAttnConfig:
+        interval = config.refresh_interval / dense if stretch else config.refresh_interval
+        return config.replace(
+            dense_fraction=min(1.0, config.dense_fraction * dense),
+            refresh_interval=min(1.0, interval),
+            keep_ratios=[min(1.0, ratio * kept) for ratio in config.keep_ratios],
+        )
 
-    low, high = 1e-6, 1 / min(config.keep_ratios)
-    least = nominal_cost(scaled(low), num_steps)
+    least = nominal_cost(scaled(_LEAST, _LEAST), num_steps)
     if cost < least:
         raise ValueError(
-            f"cost must be at least {least:.3f} here, what one dense step and the tail take; got "
-            f"{cost}. Set dense_fraction=0, a larger tail_pool or tail=None."
+            f"cost must be at least {least:.3f} here, what one dense step, dense refreshes and the "
+            f"tail take; got {cost}. Set dense_fraction=0, residual_pool=None, a larger tail_pool "
+            "or tail=None."
         )
-    for _ in range(50):
+    # Dense steps are whole; keep ratios make up for what they leave.
+    dense, _ = _bracket(lambda x: nominal_cost(scaled(x, x), num_steps) < cost, config)
+    _, kept = _bracket(lambda x: nominal_cost(scaled(dense, x), num_steps) < cost, config)
+    return scaled(dense, kept)
+
+
+def _bracket(below: Callable[[float], bool], config: DFSAttnConfig) -> tuple[float, float]:
+    """The factors next to where `below` turns false, from nothing to keeping everything."""
+    low, high = _LEAST, 1 / min(config.keep_ratios)
+    for _ in range(60):
         middle = (low + high) / 2
-        below = nominal_cost(scaled(middle), num_steps) < cost
-        low, high = (middle, high) if below else (low, middle)
-    return scaled(high)
+        low, high = (middle, high) if below(middle) else (low, middle)
+    return low, high

@@ -172,9 +172,9 @@ def test_a_cost_is_met(preset, cost):
     start = resolve_config(preset)
     config = config_for_cost(start, cost)
     assert nominal_cost(config) == pytest.approx(cost, abs=1e-6)
-    assert (
-        config.replace(dense_fraction=start.dense_fraction, keep_ratios=start.keep_ratios) == start
-    )
+    scaled = ("dense_fraction", "keep_ratios", "refresh_interval")
+    assert config.replace(**{name: getattr(start, name) for name in scaled}) == start
+    assert (config.dense_fraction < start.dense_fraction) == (cost < nominal_cost(start))
 
 
 @pytest.mark.parametrize("num_steps", [4, 8, 20, 50])

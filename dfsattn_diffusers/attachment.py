@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 import torch
@@ -40,6 +41,11 @@ def _copy_settings(source: Any, target: Any) -> None:
             setattr(target, setting, getattr(source, setting, None))
 
 
+def _device_of(module: torch.nn.Module) -> torch.device:
+    """Where a layer's weights are; the CPU if it has none."""
+    return next((weight.device for weight in module.parameters()), torch.device("cpu"))
+
+
 class Attachment:
     """DFSAttn on one transformer.
 
@@ -61,6 +67,8 @@ class Attachment:
     ):
         self.transformer = transformer
         self._adapter = adapter
+        self._state = state
+        self._name = name
         self._originals = dict(transformer.attn_processors)
         self._modules = {
             key: transformer.get_submodule(key.removesuffix(".processor"))
@@ -105,7 +113,10 @@ class Attachment:
         """Before every forward: tells whether any of our processors is still in place."""
         self._refuse_context_parallel()
         self._return_after_fusing()
-        if any(module.processor is self._ours[key] for key, module in self._modules.items()):
+        ours = [m for key, m in self._modules.items() if m.processor is self._ours[key]]
+        if ours:
+            sparse = [m for m in ours if m.processor.layer not in self._state.config.dense_layers]
+            self._state.residuals.layers[self._name] = Counter(map(_device_of, sparse))
             return True
         logger.warning("All DFSAttn processors were replaced by others: DFSAttn is off.")
         self.abandon()

@@ -34,6 +34,10 @@ class TokenGeometry:
     def tokens(self) -> int:
         return self.video_tokens + self.text_tokens
 
+    def slots(self, block: int) -> int:
+        """Rows in curve order: video and text, each padded to whole blocks."""
+        return _padded(self.video_tokens, block) + _padded(self.text_tokens, block)
+
 
 @dataclass(frozen=True)
 class TokenLayout:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .configs import DFSAttnConfig
 from .kernels import BlockMap, PackedBlockMap
 from .layout import TokenGeometry, TokenLayout
+from .memory import ResidualLedger
 from .report import MapUse, Report, RunRecord, Stopwatch
 from .schedule import Decision, decide
 from .selection import Selection
@@ -101,6 +102,7 @@ class DFSAttnState:
         self.served: set[tuple] = set()
         # Told layer, query, key, map and curves of every sparse call, for `analysis`.
         self.observer: Callable[[int, Tensor, Tensor, BlockMap, Tensor | None], None] | None = None
+        self.residuals = ResidualLedger(config)
         self._runs: deque[RunRecord] = deque(maxlen=_REMEMBERED_RUNS)
         self._maps: dict[tuple[str, int, str], _Cached] = {}
         self._layouts: dict[tuple[TokenGeometry, torch.device], TokenLayout] = {}
@@ -135,6 +137,7 @@ class DFSAttnState:
         """Free the block maps and layouts; the report of past runs stays."""
         self.forward = None
         self._maps.clear()
+        self.residuals.clear()
         self._layouts.clear()
 
     def reset(self) -> None:
@@ -157,6 +160,19 @@ class DFSAttnState:
             video_tokens=forward.geometry.video_tokens,
             cached_segment=cached.segment if cached else None,
         )
+
+    def check_memory(self, like: Tensor) -> None:
+        """Raise `MemoryError` where the residuals of calls like this one cannot fit.
+
+        Args:
+            like: `[B, rows, H, D]` of the outputs' dtype and device.
+        """
+        forward, config = self._require_forward(), self.config
+        geometry, branch = forward.geometry, forward.position.branch
+        if config.residual_pool is None or geometry.video_tokens < config.min_tokens:
+            return
+        held = (cached.kept.residual for cached in self._maps.values())
+        self.residuals.enter(forward.model, branch, geometry, like, held)
 
     def note_dense(self, reason: str) -> None:
         self._runs[-1].modes["dense"] += 1

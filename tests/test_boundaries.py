@@ -22,7 +22,10 @@ ARROWS = {
     "attention": {"kernels", "layout", "score", "selection"},
     "schedule": {"configs"},
     "report": set(),
-    "state": {"configs", "kernels", "layout", "report", "schedule", "selection", "text"},
+    "memory": {"configs", "layout"},
+    "state": {
+        "configs", "kernels", "layout", "memory", "report", "schedule", "selection", "text",
+    },
     "processors": {"_versions", "attention", "kernels", "layout", "state"},
     "hook": {"processors", "state", "text"},
     "attachment": {"hook", "processors", "state"},

@@ -61,7 +61,8 @@ class DFSAttnConfig:
             is dense as well, and at least four steps from the next; what the sparse output lacks
             there, averaged over so many queries in curve order, is added to the sparse outputs
             until the next refresh. 1 is the closest and keeps an attention output in memory for
-            every layer and branch; 128 takes 1/128.
+            every layer and branch; 128 takes 1/128. What a CUDA device has no room for raises
+            `MemoryError` in the first calls of a run.
         dense_layers: Indices of layers that stay dense in every step.
         min_tokens: With fewer video tokens than this, attention stays dense.
         share_maps_across_branches: Use the first guidance branch's map for the others too, where

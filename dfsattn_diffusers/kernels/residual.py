@@ -33,7 +33,7 @@ def measure_residual(exact: Tensor, out: Tensor, rows: Tensor, lengths: Tensor) 
     for start in range(0, heads, step):
         part = slice(start, start + step)
         at = rows if rows.ndim == 1 else rows[:, part]
-        lack = take_rows(exact[:, part], at).float() - take_rows(out[:, part], at)
+        lack = take_rows(exact[:, part], at).float().sub_(take_rows(out[:, part], at))
         residual[:, part] = pool_tiles(lack, lengths)
     return residual
 

@@ -65,8 +65,7 @@ class LayerProcessor:
         if torch.compiler.is_compiling():
             # A compiler fuses norms and rotary embedding by itself.
             x = reference(streams, rotary, heads_first=False)
-            call = self.handle, x.q, x.k, x.v, attention_mask, mask_is_text_padding
-            return opaque_attend(*call)
+            return opaque_attend(self.handle, x.q, x.k, x.v, attention_mask, mask_is_text_padding)
         return self.attend_now(streams, rotary, attention_mask, mask_is_text_padding)
 
     @torch.compiler.disable
@@ -79,17 +78,21 @@ class LayerProcessor:
     ) -> Tensor:
         """`attend`, out of a compiler's sight: what it does may change from call to call."""
         state, like = self.state, streams[0].q
+        call = streams, rotary, attention_mask, mask_is_text_padding
         decision = state.decide(self.layer, like.shape[0])
         self._check_tokens(sum(stream.q.shape[1] for stream in streams))
         self._check_backend(like)
-        reason = decision.reason
-        if attention_mask is not None and not mask_is_text_padding:
-            reason = reason or "attention mask"
+        masked = attention_mask is not None and not mask_is_text_padding
+        reason = decision.reason or ("attention mask" if masked else "")
+        if not masked:
+            state.check_memory(like)
         if reason:
             state.note_dense(reason)
-            return self._attend_dense(streams, rotary, attention_mask, mask_is_text_padding)
+            return self._attend_dense(*call)
         layout, text = state.layout(like.device), state.forward.text_lengths(like.device)
         reuse, pool = decision.mode == "reuse", state.config.residual_pool
+        # Dense goes first: its tensors are gone before those in curve order are made.
+        exact = None if reuse or pool is None else self._attend_dense(*call)
         kept = state.kept(self.layer, like.shape[0]) if reuse else Kept()
         now = dict(text_lengths=text, keep_ratio=decision.keep_ratio)
         x = prepare(streams, layout, rotary, scored=not reuse, choice=kept.choice, **now)
@@ -97,8 +100,7 @@ class LayerProcessor:
         out, selected = sparse_attention(x, layout, block_map, **now, **state.config.per_call())
         if selected is not None:
             block_map, residual = selected.block_map, None
-            if pool is not None:
-                exact = self._attend_dense(streams, rotary, attention_mask, mask_is_text_padding)
+            if exact is not None:
                 rows, lengths = layout.target(x.choice), layout.lengths(pool, text)
                 residual, out = measure_residual(exact, out, rows, lengths), exact
             kept = Kept(block_map.pack(), x.choice, residual)
@@ -116,8 +118,7 @@ class LayerProcessor:
         text = self.state.forward.text
         if mask_is_text_padding and text is not None:
             kept = self.state.forward.geometry.video_tokens + text.longest
-            even = text.shortest == text.longest
-            attention_mask = None if even else attention_mask[..., :kept]
+            attention_mask = None if text.shortest == text.longest else attention_mask[..., :kept]
         out = dispatch_attention_fn(
             *(part[:, :kept] for part in (x.q, x.k, x.v)),
             attn_mask=attention_mask,

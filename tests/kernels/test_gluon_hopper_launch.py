@@ -152,10 +152,11 @@ def test_fits_the_gpu():
         assert build["undefined"] == [], build
 
 
-def compile_for_hopper(head_dim, key_block, dtype, everything, pool=0):
+def compile_for_hopper(head_dim, key_block, dtype, everything, pool=0, **changes):
     """Compile the kernel without a GPU and ask ptxas what it takes."""
     kernel = backend.block_sparse_kernel
     settings = (backend.TAIL_SETTINGS if pool else backend.SETTINGS)[head_dim, key_block]
+    settings = dataclasses.replace(settings, **changes)
     x = torch.zeros(1, 1, 256, head_dim, dtype=getattr(torch, dtype))
     ints, floats = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
     values = dict(
@@ -171,6 +172,7 @@ def compile_for_hopper(head_dim, key_block, dtype, everything, pool=0):
     constants = dict(
         D=head_dim, ROWS=64, KEYS=key_block, STAGES=settings.num_stages, EARLY=settings.early,
         HAS_LENGTHS=everything, ORDERED=everything, WITH_LSE=everything, POOL=pool,
+        PERSISTENT=settings.persistent,
     )
     return compile_gluon(kernel, values, constants)[0]
 

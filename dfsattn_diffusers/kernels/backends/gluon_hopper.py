@@ -255,11 +255,11 @@ def block_sparse_kernel(
     H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
     D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
-    EARLY: gl.constexpr, POOL: gl.constexpr,
+    EARLY: gl.constexpr, POOL: gl.constexpr, PERSISTENT: gl.constexpr,
 ):
     """Query blocks of all heads, as `rows` deals them to the programs."""
-    # A row's queries are a tile for each warpgroup; the next row's come meanwhile.
-    q_ring = rings.make_ring(q.dtype, 4, ROWS, D, 1)
+    # A row's queries are a tile for each warpgroup; the next row's, if any, come meanwhile.
+    q_ring = rings.make_ring(q.dtype, 4 if PERSISTENT else 2, ROWS, D, 1)
     k_ring = rings.make_ring(q.dtype, STAGES, KEYS, D, 2)
     v_ring = rings.make_ring(q.dtype, STAGES, KEYS, D, 2)
     rings.fence_async_shared()
@@ -391,7 +391,7 @@ def launch(call: AttentionCall, settings: LaunchSettings) -> None:
             D=head_dim, ROWS=QUERY_BLOCK // 2, KEYS=key_block, STAGES=settings.num_stages,
             HAS_LENGTHS=key_lengths is not None, ORDERED=order is not None,
             WITH_LSE=call.lse is not None, EARLY=settings.early,
-            POOL=0 if tail is None else _pool_size(call),
+            POOL=0 if tail is None else _pool_size(call), PERSISTENT=settings.persistent,
             # 12 warps with the other partitions': 65536 / 384 registers, in multiples of 8.
             num_warps=4, maxnreg=168, enable_fp_fusion=True,
         )

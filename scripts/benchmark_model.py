@@ -32,6 +32,15 @@ BASELINES = {
 TINY_CHANGES = dict(min_tokens=0, tile_size=8, query_block=32, key_block=32)
 
 
+def config_of(preset, tiny):
+    """The preset as it is, or at sizes that suit models of no size."""
+    config = resolve_config(preset)
+    if not tiny:
+        return config
+    pool = config.residual_pool and TINY_CHANGES["query_block"]
+    return config.replace(**TINY_CHANGES, residual_pool=pool)
+
+
 def baseline(run, name):
     """Context of a dense baseline."""
     backend, trimmed = BASELINES[name]
@@ -180,7 +189,7 @@ def benchmark(model, name, args):
     """Measure one model, as far as time allows, and print what is complete."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     changes = TINY_CHANGES if args.tiny else {}
-    configs = {preset: resolve_config(preset, **changes) for preset in args.presets}
+    configs = {preset: config_of(preset, args.tiny) for preset in args.presets}
     record = Record(args.output, name, args.deadline, args.iters)
     record.check_time()
     torch.manual_seed(0)

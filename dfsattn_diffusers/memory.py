@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .configs import DFSAttnConfig
+from .kernels.low_rank import LowRank, bytes_of
 from .layout import TokenGeometry
 
 
@@ -56,7 +57,7 @@ class ResidualLedger:
         branch: str,
         geometry: TokenGeometry,
         like: Tensor,
-        held: Iterable[Tensor | None],
+        held: Iterable[Tensor | LowRank | None],
     ) -> None:
         """Count what calls like this one will keep; asks the device once for all of them.
 
@@ -75,7 +76,11 @@ class ResidualLedger:
             return
         batch, _, heads, head_dim = like.shape
         slots = geometry.slots(max(config.query_block, config.key_block))
-        size = batch * heads * (slots // config.residual_pool) * head_dim * like.element_size()
+        runs, rank = slots // config.residual_pool, config.residual_rank
+        size = runs * head_dim * like.element_size()
+        if rank is not None:
+            size = bytes_of(runs, head_dim, rank)
+        size *= batch * heads
         # Offloading brings weights that are on no accelerator to where they are used.
         layers = sum(
             number
@@ -86,7 +91,7 @@ class ResidualLedger:
         self._check(entries, like.device, held)
         self._entries = entries
 
-    def _check(self, entries: dict, device: torch.device, held: Iterable[Tensor | None]) -> None:
+    def _check(self, entries: dict, device: torch.device, held: Iterable) -> None:
         here = [entry for (_, _, where), entry in entries.items() if where == device]
         layers, need = sum(entry[1] for entry in here), sum(entry[2] for entry in here)
         free = free_memory(device) if need else None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .configs import DFSAttnConfig
 from .kernels import BlockMap, PackedBlockMap
+from .kernels.low_rank import LowRank
 from .layout import TokenGeometry, TokenLayout
 from .memory import ResidualLedger
 from .report import MapUse, Report, RunRecord, Stopwatch
@@ -72,7 +73,7 @@ class Kept:
 
     packed: PackedBlockMap | None = None
     choice: Tensor | None = None
-    residual: Tensor | None = None
+    residual: Tensor | LowRank | None = None
 
 
 @dataclass

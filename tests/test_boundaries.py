@@ -22,7 +22,7 @@ ARROWS = {
     "attention": {"kernels", "layout", "score", "selection"},
     "schedule": {"configs"},
     "report": set(),
-    "memory": {"configs", "layout"},
+    "memory": {"configs", "kernels", "layout"},
     "state": {
         "configs", "kernels", "layout", "memory", "report", "schedule", "selection", "text",
     },

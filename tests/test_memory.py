@@ -122,8 +122,8 @@ def test_nobody_asks_where_nothing_is_kept(free):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dense_layers", [(), (1,)])
-def test_as_much_is_expected_as_will_be_kept(family, dense_layers, free):
+@pytest.mark.parametrize("dense_layers, rank", [((), None), ((1,), None), ((), 4)])
+def test_as_much_is_expected_as_will_be_kept(family, dense_layers, rank, free):
     pipe, found = FAMILIES[family](), []
 
     def look(pipe, index, timestep, tensors):
@@ -131,7 +131,8 @@ def test_as_much_is_expected_as_will_be_kept(family, dense_layers, free):
             found.append((expected(handle.state), kept(handle.state)))
         return {}
 
-    with enable_dfsattn(pipe, CORRECTED, dense_layers=dense_layers) as handle:
+    changes = dict(dense_layers=dense_layers, residual_rank=rank)
+    with enable_dfsattn(pipe, CORRECTED, **changes) as handle:
         for _ in range(2):
             run(pipe, steps=12, callback_on_step_end=look)
         branches = 1 if family.startswith("cogvideox") else 2

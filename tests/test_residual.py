@@ -63,15 +63,15 @@ def test_nothing_is_lost_until_the_input_changes(family, order, monkeypatch):
 def test_it_brings_the_video_closer_to_dense(family):
     pipe = FAMILIES[family]()
     dense, errors, reports = run(pipe, steps=12), {}, {}
-    for pool in (None, 32, 1):
-        config = SPARSE.replace(order=CURVES, residual_pool=pool)
+    for pool, rank in ((None, None), (32, None), (1, None), (1, 8)):
+        config = SPARSE.replace(order=CURVES, residual_pool=pool, residual_rank=rank)
         with enable_dfsattn(pipe, config) as handle:
             first, second = run(pipe, steps=12), run(pipe, steps=12)
         assert torch.equal(first, second)
-        errors[pool] = (second - dense).square().mean().item()
-        reports[pool] = handle.report().runs[-1]
-    assert errors[1] < errors[None]
-    sparse, closest = reports[None], reports[1]
+        errors[pool, rank] = (second - dense).square().mean().item()
+        reports[pool, rank] = handle.report().runs[-1]
+    assert errors[1, None] < errors[None, None] > errors[1, 8]
+    sparse, closest = reports[None, None], reports[1, None]
     assert closest.calls["refresh"] == sparse.calls["refresh"]
     assert sum(closest.calls.values()) == sum(sparse.calls.values())
     assert 1 >= closest.density > sparse.density
@@ -84,3 +84,6 @@ def test_config():
         DFSAttnConfig(residual_pool=32, share_maps_across_branches=True)
     with pytest.raises(ValueError, match="residual_pool must be at least 1; got 0"):
         DFSAttnConfig(residual_pool=0)
+    for wrong in (dict(residual_rank=3, residual_pool=1), dict(residual_rank=4)):
+        with pytest.raises(ValueError, match="residual_rank must be even and needs residual_pool"):
+            DFSAttnConfig(**wrong)

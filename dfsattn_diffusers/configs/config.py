@@ -63,6 +63,8 @@ class DFSAttnConfig:
             until the next refresh. 1 is the closest and keeps an attention output in memory for
             every layer and branch; 128 takes 1/128. What a CUDA device has no room for raises
             `MemoryError` in the first calls of a run.
+        residual_rank: Directions of each head in which the correction is kept, at 4 bits; an even
+            number. None keeps it whole. With 8 of 128 dimensions it takes 1/64.
         dense_layers: Indices of layers that stay dense in every step.
         min_tokens: With fewer video tokens than this, attention stays dense.
         share_maps_across_branches: Use the first guidance branch's map for the others too, where
@@ -89,6 +91,7 @@ class DFSAttnConfig:
     budget: str = "row"
     selection: str = "mass"
     residual_pool: int | None = None
+    residual_rank: int | None = None
     dense_layers: tuple[int, ...] = ()
     min_tokens: int = 0
     share_maps_across_branches: bool = False
@@ -150,6 +153,13 @@ class DFSAttnConfig:
             )
 
     def _check_residual(self) -> None:
+        if self.residual_rank is not None:
+            check_int("residual_rank", self.residual_rank, least=2)
+            if self.residual_rank % 2 or self.residual_pool is None:
+                raise ValueError(
+                    "residual_rank must be even and needs residual_pool; got residual_rank "
+                    f"{self.residual_rank} and residual_pool {self.residual_pool}."
+                )
         if self.residual_pool is None:
             return
         check_int("residual_pool", self.residual_pool, least=1)

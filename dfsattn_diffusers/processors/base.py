@@ -77,7 +77,7 @@ class LayerProcessor:
         mask_is_text_padding: bool,
     ) -> Tensor:
         """`attend`, out of a compiler's sight: what it does may change from call to call."""
-        state, like = self.state, streams[0].q
+        state, like, config = self.state, streams[0].q, self.state.config
         call = streams, rotary, attention_mask, mask_is_text_padding
         decision = state.decide(self.layer, like.shape[0])
         self._check_tokens(sum(stream.q.shape[1] for stream in streams))
@@ -90,19 +90,19 @@ class LayerProcessor:
             state.note_dense(reason)
             return self._attend_dense(*call)
         layout, text = state.layout(like.device), state.forward.text_lengths(like.device)
-        reuse, pool = decision.mode == "reuse", state.config.residual_pool
+        reuse, pool = decision.mode == "reuse", config.residual_pool
         # Dense goes first: its tensors are gone before those in curve order are made.
         exact = None if reuse or pool is None else self._attend_dense(*call)
         kept = state.kept(self.layer, like.shape[0]) if reuse else Kept()
         now = dict(text_lengths=text, keep_ratio=decision.keep_ratio)
         x = prepare(streams, layout, rotary, scored=not reuse, choice=kept.choice, **now)
         block_map = kept.packed.unpack() if reuse else None
-        out, selected = sparse_attention(x, layout, block_map, **now, **state.config.per_call())
+        out, selected = sparse_attention(x, layout, block_map, **now, **config.per_call())
         if selected is not None:
             block_map, residual = selected.block_map, None
             if exact is not None:
-                rows, lengths = layout.target(x.choice), layout.lengths(pool, text)
-                residual, out = measure_residual(exact, out, rows, lengths), exact
+                runs = layout.target(x.choice), layout.lengths(pool, text)
+                residual, out = measure_residual(exact, out, *runs, config.residual_rank), exact
             kept = Kept(block_map.pack(), x.choice, residual)
             state.store(self.layer, like.shape[0], decision.segment, selected, kept)
         elif kept.residual is not None:

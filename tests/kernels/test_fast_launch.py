@@ -24,6 +24,7 @@ def test_fits_the_gpu(arch):
 
 def builds(arch):
     from dfsattn_diffusers.kernels import (
+        low_rank,
         map_kernels,
         residual_kernels,
         tail_kernels,
@@ -94,6 +95,10 @@ def builds(arch):
             4,
             types=lack,
         )
+    codes = dict(out="*bf16", codes="*u8", scales="*bf16", basis="*fp32", slots="*i32")
+    for pool, rank, head_dim in ((1, 8, 128), (4, 4, 64)):
+        sizes = dict(POOL=pool, K=rank, RUN=low_rank.RUN, D=head_dim, ROWS=residual_kernels._ROWS)
+        yield compile_for(arch, residual_kernels.low_rank_kernel, sizes, types=codes)
     pointers = dict.fromkeys(("counts", "indices", "prefix", "left", "ties", "histogram"), "*i32")
     pointers |= dict(source="*u8", bits="*u8", mask="*u8", scores="*fp32")
     for kernel, constants, warps in (

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from dfsattn_diffusers.kernels import residual as module
+from dfsattn_diffusers.kernels.low_rank import RUN, LowRank, bytes_of
 from dfsattn_diffusers.kernels.residual import add_residual, measure_residual
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -79,3 +80,81 @@ def test_one_query_a_run_gives_the_exact_output_back(per_head):
     lengths[:, 83:] = 0
     add_residual(out, measure_residual(exact, out, rows, lengths), slots, 1)
     torch.testing.assert_close(out, exact)
+
+
+def decaying(device="cpu", rows=300, head_dim=64):
+    """Rows whose energy falls along random directions, and an empty head."""
+    make = torch.Generator().manual_seed(0)
+    scale = torch.arange(1, head_dim + 1.0) ** -1.0
+    x = torch.randn(2, 3, rows, head_dim, generator=make) * scale
+    x = x @ torch.linalg.qr(torch.randn(2, 3, head_dim, head_dim, generator=make)).Q
+    x[1, 2] = 0
+    return x.to(device)
+
+
+@pytest.mark.parametrize("rank", [2, 4, 8])
+@pytest.mark.parametrize("device", DEVICES)
+def test_low_rank_holds_nearly_what_eigenvectors_do(device, rank):
+    x = decaying(device)
+    low = LowRank.of(x, rank)
+    got = low.coefficients() @ low.basis
+    values = torch.linalg.eigvalsh(x.mT @ x)[:, :, :-rank]
+    best = values.clamp(min=0).sum((0, 1, 2))
+    lost, energy = (got - x).square().sum(), x.square().sum()
+    assert best <= lost < best + 0.02 * energy
+    assert (got[1, 2] == 0).all()
+    overlap = low.basis[:, :2] @ low.basis[:, :2].mT
+    wanted = torch.eye(rank, device=device).expand_as(overlap)
+    torch.testing.assert_close(overlap, wanted, atol=1e-5, rtol=0)
+    assert low.nbytes == 6 * bytes_of(300, 64, rank) < x.nbytes / 8
+
+
+def test_codes_are_within_half_a_step():
+    """Of the scale that a run's largest coefficient sets."""
+    x = decaying()
+    low = LowRank.of(x, 4)
+    wanted, steps = x @ low.basis.mT, low.scales.float().repeat_interleave(RUN, 2)[:, :, :300]
+    # The scale is rounded to bf16, so that the largest may lie a little outside.
+    assert ((low.coefficients() - wanted).abs() <= 0.53 * steps + 1e-20).all()
+
+
+def test_more_directions_than_there_are_do_no_harm():
+    x = torch.randn(1, 1, 40, 1) * torch.randn(1, 1, 1, 16)
+    low = LowRank.of(x, 24)
+    assert ((low.coefficients() @ low.basis - x).norm() / x.norm()) < 0.1
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+def test_slices_of_heads_have_the_same_directions(monkeypatch, rank):
+    exact, out, rows, _, lengths = case(torch.float32, "cpu", 4, True)
+    whole = measure_residual(exact, out, rows, lengths, rank)
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 1)
+    parts = measure_residual(exact, out, rows, lengths, rank)
+    assert whole.codes.shape == (2, 3, lengths.shape[1], rank // 2)
+    torch.testing.assert_close(
+        parts.coefficients() @ parts.basis, whole.coefficients() @ whole.basis
+    )
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+)
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("pool, rank", [(1, 2), (1, 8), (4, 4)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernel_adds_low_rank_as_the_reference_does(
+    device, pool, rank, per_head, dtype, monkeypatch
+):
+    kernels = pytest.importorskip("dfsattn_diffusers.kernels.residual_kernels")
+    exact, out, rows, slots, lengths = case(dtype, device, pool, per_head)
+    residual = measure_residual(exact, out, rows, lengths, rank)
+    memory = torch.full((2, 84, 5, 64), float("nan"), dtype=dtype, device=device)
+    view = memory[:, :83, 1:4]
+    view.copy_(out)
+    kernels.add(view, residual, slots, pool)
+    monkeypatch.setattr(module, "fast", lambda *_: None)
+    add_residual(out, residual, slots, pool)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(view, out, atol=8 * eps, rtol=4 * eps)
+    memory[:, :83, 1:4] = torch.nan
+    assert memory.isnan().all()

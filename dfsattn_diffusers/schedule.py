@@ -46,11 +46,12 @@ def steps_of(fraction: float, num_steps: int) -> int:
 
 def segment_of(step: int, num_steps: int, config: DFSAttnConfig) -> int:
     """Index of the map that is due in a step, counted from 0; -1 in the dense part."""
-    since_dense = step - steps_of(config.dense_fraction, num_steps)
+    dense = steps_of(config.dense_fraction, num_steps)
+    since_dense = step - dense
     interval = steps_of(config.refresh_interval, num_steps)
     if config.residual_pool is not None:
         # A refresh is dense as well: the last dense step serves, and short runs have few of them.
-        since_dense += config.dense_fraction > 0
+        since_dense += 0 < dense < num_steps
         interval = max(interval, LEAST_DENSE_INTERVAL)
     if since_dense < 0:
         return -1

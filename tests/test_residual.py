@@ -22,6 +22,9 @@ def test_the_last_dense_step_is_the_first_refresh():
     assert few == ["dense"] + (["refresh"] + ["reuse"] * 3 + ["refresh"] + ["reuse"] * 2)
     never_dense = SPARSE.replace(residual_pool=1, dense_fraction=0)
     assert modes(50, never_dense)[0][0] == "refresh"
+    # Nothing comes after it that a map could serve.
+    always_dense = SPARSE.replace(residual_pool=1, dense_fraction=1)
+    assert {mode for mode, _ in modes(50, always_dense)} == {"dense"}
 
 
 @pytest.mark.parametrize("num_steps", [4, 8, 20, 50])

@@ -8,6 +8,7 @@ import argparse
 import json
 import re
 import sys
+from functools import partial
 from math import prod
 from pathlib import Path
 from statistics import mean
@@ -143,18 +144,14 @@ def fidelity():
         "with its 95 % bootstrap interval.\n\n"
         "![Quality against cost](fidelity.svg)"
     )
-    return "\n\n".join([about, *fidelity_tables(data)])
+    return f"{about}\n\n{fidelity_tables('fidelity')}"
 
 
-def earlier_fidelity():
-    return "\n\n".join(fidelity_tables(fidelity_data("fidelity_earlier")))
-
-
-def fidelity_tables(data):
-    return [
+def fidelity_tables(name):
+    return "\n\n".join(
         f"### {title_of(witness, grid, runs)}\n\n{markdown(HEADER, rows_of(runs))}"
-        for (witness, grid), runs in groups(data).items()
-    ]
+        for (witness, grid), runs in groups(fidelity_data(name)).items()
+    )
 
 
 def models():
@@ -182,7 +179,11 @@ def models():
 TABLES = {
     "README.md": {"presets": presets},
     "docs/performance.md": {"kernels": kernels, "prologue": prologue, "models": models},
-    "docs/fidelity.md": {"fidelity": fidelity, "earlier": earlier_fidelity},
+    "docs/fidelity.md": {
+        "fidelity": fidelity,
+        "low_rank": partial(fidelity_tables, "fidelity_low_rank"),
+        "earlier": partial(fidelity_tables, "fidelity_earlier"),
+    },
 }
 DRAWING = "docs/fidelity.svg"
 

@@ -50,6 +50,19 @@ def test_slices_of_heads_are_the_whole(monkeypatch):
     assert torch.equal(measure_residual(exact, out, rows, lengths), whole)
 
 
+def added_by_kernel(out, residual, slots, pool):
+    """What the kernel makes of `out`, in a view as the attention kernel's output may be."""
+    kernels = pytest.importorskip("dfsattn_diffusers.kernels.residual_kernels")
+    memory = out.new_full((2, 84, 5, 64), float("nan"))
+    view = memory[:, :83, 1:4]
+    view.copy_(out)
+    kernels.add(view, residual, slots, pool)
+    made = view.clone()
+    view.fill_(torch.nan)
+    assert memory.isnan().all()
+    return made
+
+
 # Triton's interpreter cuts bf16 off where a GPU rounds it.
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
@@ -58,19 +71,12 @@ def test_slices_of_heads_are_the_whole(monkeypatch):
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_kernel_adds_as_the_reference_does(device, pool, per_head, dtype, monkeypatch):
-    kernels = pytest.importorskip("dfsattn_diffusers.kernels.residual_kernels")
     exact, out, rows, slots, lengths = case(dtype, device, pool, per_head)
     residual = measure_residual(exact, out, rows, lengths)
-    # A view, as the attention kernel's output may be.
-    memory = torch.full((2, 84, 5, 64), float("nan"), dtype=dtype, device=device)
-    view = memory[:, :83, 1:4]
-    view.copy_(out)
-    kernels.add(view, residual, slots, pool)
+    by_kernel = added_by_kernel(out, residual, slots, pool)
     monkeypatch.setattr(module, "fast", lambda *_: None)
     add_residual(out, residual, slots, pool)
-    assert torch.equal(view, out)
-    memory[:, :83, 1:4] = torch.nan
-    assert memory.isnan().all()
+    assert torch.equal(by_kernel, out)
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -119,8 +125,10 @@ def test_codes_are_within_half_a_step():
 
 
 def test_more_directions_than_there_are_do_no_harm():
-    x = torch.randn(1, 1, 40, 1) * torch.randn(1, 1, 1, 16)
+    make = torch.Generator().manual_seed(0)  # rounding takes 0.06 to 0.15 of other draws
+    x = torch.randn(1, 1, 40, 1, generator=make) * torch.randn(1, 1, 1, 16, generator=make)
     low = LowRank.of(x, 24)
+    assert not low.basis[:, :, 1:].any()
     assert ((low.coefficients() @ low.basis - x).norm() / x.norm()) < 0.1
 
 
@@ -145,16 +153,10 @@ def test_slices_of_heads_have_the_same_directions(monkeypatch, rank):
 def test_kernel_adds_low_rank_as_the_reference_does(
     device, pool, rank, per_head, dtype, monkeypatch
 ):
-    kernels = pytest.importorskip("dfsattn_diffusers.kernels.residual_kernels")
     exact, out, rows, slots, lengths = case(dtype, device, pool, per_head)
     residual = measure_residual(exact, out, rows, lengths, rank)
-    memory = torch.full((2, 84, 5, 64), float("nan"), dtype=dtype, device=device)
-    view = memory[:, :83, 1:4]
-    view.copy_(out)
-    kernels.add(view, residual, slots, pool)
+    by_kernel = added_by_kernel(out, residual, slots, pool)
     monkeypatch.setattr(module, "fast", lambda *_: None)
     add_residual(out, residual, slots, pool)
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(view, out, atol=8 * eps, rtol=4 * eps)
-    memory[:, :83, 1:4] = torch.nan
-    assert memory.isnan().all()
+    torch.testing.assert_close(by_kernel, out, atol=8 * eps, rtol=4 * eps)

@@ -115,8 +115,10 @@ class Attachment:
         self._return_after_fusing()
         ours = [m for key, m in self._modules.items() if m.processor is self._ours[key]]
         if ours:
-            sparse = [m for m in ours if m.processor.layer not in self._state.config.dense_layers]
-            self._state.residuals.layers[self._name] = Counter(map(_device_of, sparse))
+            config = self._state.config
+            if config.residual_pool is not None:
+                sparse = [m for m in ours if m.processor.layer not in config.dense_layers]
+                self._state.residuals.layers[self._name] = Counter(map(_device_of, sparse))
             return True
         logger.warning("All DFSAttn processors were replaced by others: DFSAttn is off.")
         self.abandon()

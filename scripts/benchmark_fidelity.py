@@ -18,7 +18,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from benchmark_tools import about
+from benchmark_tools import about, write_json
 from fidelity_report import print_table
 from fidelity_variants import VARIANTS
 from procedural_clips import PLAIN, ClipSource
@@ -65,7 +65,7 @@ class Benchmark:
                 first = len(entry["cases"])
                 cases = range(first, min(first + self.args.batch, self.args.cases))
                 entry["cases"] += self._measure(variant, witness, grid, cases)
-                self._write()
+                write_json(self.args.output, self.data)
                 longest = max(longest, time.perf_counter() - began)
                 mean = sum(case["psnr"] for case in entry["cases"]) / len(entry["cases"])
                 print(
@@ -188,12 +188,6 @@ class Benchmark:
     def _generate(self, witness, grid, steps, cases):
         prompts = [self.prompts[case] for case in cases]
         return self.witnesses[witness].generate(prompts, cases, grid, steps, self.args.guidance)
-
-    def _write(self):
-        path = self.args.output
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(self.data, indent=1) + "\n")
-        part.replace(path)
 
 
 def format_grid(grid):

@@ -71,15 +71,16 @@ VARIANTS = {
     "preset fast": _ours("fast", min_tokens=0),
     "preset turbo": _ours("turbo", min_tokens=0),
     # Residuals of every query, in some directions of each head.
-    "preset balanced, rank 4": _ours("balanced", min_tokens=0, residual_pool=1, residual_rank=4),
-    "preset balanced, rank 8": _ours("balanced", min_tokens=0, residual_pool=1, residual_rank=8),
-    "preset fast, rank 4": _ours("fast", min_tokens=0, residual_pool=1, residual_rank=4),
-    "preset fast, rank 8": _ours("fast", min_tokens=0, residual_pool=1, residual_rank=8),
+    **{
+        f"preset {name}, rank {rank}": _ours(
+            name, min_tokens=0, residual_pool=1, residual_rank=rank
+        )
+        for name in ("balanced", "fast", "turbo")
+        for rank in (4, 8)
+    },
     "preset fast, rank 8 of 4 queries": _ours(
         "fast", min_tokens=0, residual_pool=4, residual_rank=8
     ),
-    "preset turbo, rank 4": _ours("turbo", min_tokens=0, residual_pool=1, residual_rank=4),
-    "preset turbo, rank 8": _ours("turbo", min_tokens=0, residual_pool=1, residual_rank=8),
     # At 0.42 of the paper's cost.
     "keep 0.04, dense every 16th step, residuals of 1": _residual(
         1, 0.04, interval=0.32, keep=0.04, tail_pool=64

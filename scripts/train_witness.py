@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from clip_trainer import PROMPTS, SHEET_SIZES, Trainer, stages
+from clip_trainer import LATENT_FRAMES, PROMPTS, SHEET_SIZES, Trainer, stages
 from procedural_clips import FRAMES, PLAIN, ClipSource
 from training_tools import Log, pack, save_sheet
 from witness_families import FAMILIES
@@ -28,7 +28,7 @@ def sample(family, folder, report, device, sizes, steps, log):
     witness = Witness(family, device, folder)
     scale = witness.vae.config.scale_factor_spatial * PATCH
     for height, width in sizes:
-        grid = (FRAMES + 1) // 2, height // scale, width // scale
+        grid = LATENT_FRAMES, height // scale, width // scale
         latents = witness.generate(PROMPTS, range(len(PROMPTS)), grid, steps, guidance=4.0)
         video = witness.decode(latents)
         path = report / f"sheet_{height}x{width}.png"
@@ -79,7 +79,7 @@ def main(argv=None):
     if args.smoke:
         sizes, steps = ((16, 24),), 2
         tiny = (FRAMES, 16, 24), (1, 16, 24)
-        plan = [(stage, tiny, 17 * 16 * 24, *rest) for stage, _, _, *rest in plan]
+        plan = [(stage, tiny, LATENT_FRAMES * 16 * 24, *rest) for stage, _, _, *rest in plan]
     for share, (stage, grids, pixels, seconds, *rest) in zip(shares, plan, strict=True):
         if not share:
             continue

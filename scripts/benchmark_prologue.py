@@ -14,7 +14,16 @@ import torch
 from benchmark_tools import Rows, about, milliseconds
 
 from dfsattn_diffusers.kernels import prologue_kernels
-from dfsattn_diffusers.kernels.prologue import Norm, Rotary, Stream, prepare_qkv, reference
+from dfsattn_diffusers.kernels.prologue import (
+    Norm,
+    Prepared,
+    Rotary,
+    Stream,
+    pool_qk,
+    pool_reference,
+    prepare_qkv,
+    reference,
+)
 from dfsattn_diffusers.layout import TokenGeometry, TokenLayout
 
 BLOCK, TILE = 128, 16
@@ -74,9 +83,11 @@ class Problem:
     def variant(self, name):
         """Arguments after the streams, by name."""
         ordered = dict(rotary=self.rotary, source=self.source)
+        pooled = ordered | dict(tile_lengths=self.tile_lengths)
         return {
             "curve order": ordered,
-            "curve order and tiles": ordered | dict(tile_lengths=self.tile_lengths),
+            "curve order and tiles": pooled,
+            "tiles alone": pooled | dict(alone=True),
             "order by head": ordered | dict(slots=self.slots),
             "model order": dict(rotary=self.rotary, heads_first=False),
         }[name]
@@ -90,7 +101,21 @@ class Problem:
             Stream(x.q.double(), x.k.double(), x.v.double(), double(x.q_norm), double(x.k_norm))
             for x in self.streams
         ]
-        return reference(streams, **arguments)
+        return eager(streams, **arguments)
+
+
+def either(prepare, pool):
+    """A function that prepares or, asked for tiles alone, pools."""
+
+    def call(streams, rotary=None, source=None, *, alone=False, **options):
+        if not alone:
+            return prepare(streams, rotary, source, **options)
+        return Prepared(None, None, None, *pool(streams, rotary, source, **options))
+
+    return call
+
+
+ours, eager = either(prepare_qkv, pool_qk), either(reference, pool_reference)
 
 
 def parts(prepared):
@@ -101,12 +126,12 @@ def parts(prepared):
 def check(name, problem, call, arguments):
     """Exit unless the outputs err no more than twice as much as eager code, plus one rounding."""
     got = parts(call(problem.streams, **arguments))
-    eager = parts(reference(problem.streams, **arguments))
+    torchs = parts(eager(problem.streams, **arguments))
     for part, exact in parts(problem.exact(**arguments)).items():
-        allowed = 2 * (eager[part] - exact).abs().max()
+        allowed = 2 * (torchs[part] - exact).abs().max()
         allowed += torch.finfo(got[part].dtype).eps * exact.abs().max()
         error = (got[part] - exact).abs().max()
-        same = (got[part] == eager[part]).float().mean()
+        same = (got[part] == torchs[part]).float().mean()
         # Pooled means are sums in another order.
         if not error <= allowed or (same < 0.99 and not part.endswith("tiles")):
             sys.exit(
@@ -119,7 +144,8 @@ def moved_bytes(problem, arguments, out):
     """Bytes that have to be read and written once."""
     inputs = [x for stream in problem.streams for x in (stream.q, stream.k, stream.v)]
     in_place = any(out.v is stream.v for stream in problem.streams)
-    inputs = inputs[:2] if in_place else inputs
+    if in_place or out.v is None:
+        inputs = [x for stream in problem.streams for x in (stream.q, stream.k)]
     outputs = [x for name, x in parts(out).items() if not (in_place and name == "v")]
     tables = [problem.rotary.cos, problem.rotary.sin, *map(arguments.get, ("source", "slots"))]
     return sum(x.nbytes for x in (*inputs, *outputs, *tables) if x is not None)
@@ -137,12 +163,12 @@ def benchmark(shape, args, rows):
     problem = Problem(SHAPES[shape], args.dtype)
     for variant in args.variants:
         arguments = problem.variant(variant)
-        out = prepare_qkv(problem.streams, **arguments)
+        out = ours(problem.streams, **arguments)
         count = moved_bytes(problem, arguments, out)
         del out
         copy = copy_ms(count, args.iters)
         for name, call in args.calls.items():
-            if call is not reference:
+            if call is not eager:
                 check(f"{name}, {variant}, {shape}", problem, call, arguments)
             ms = milliseconds(partial(call, problem.streams, **arguments), args.iters)
             rows.add(
@@ -168,11 +194,11 @@ def print_fastest(rows):
 
 
 def with_settings(settings):
-    def call(streams, rotary=None, source=None, **options):
+    def prepare(streams, rotary, source, **options):
         options = dict(heads_first=True, tile_lengths=None) | options
         return prologue_kernels.prepare_qkv(streams, rotary, source, **options, settings=settings)
 
-    return call
+    return either(prepare, partial(prologue_kernels.pool_qk, settings=settings))
 
 
 def launch_settings(text):
@@ -183,7 +209,9 @@ def launch_settings(text):
 
 
 def main(argv=None):
-    variants = ["curve order", "curve order and tiles", "order by head", "model order"]
+    variants = [
+        "curve order", "curve order and tiles", "tiles alone", "order by head", "model order"
+    ]  # fmt: skip
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="what to time")
@@ -204,7 +232,7 @@ def main(argv=None):
     seed = torch.seed() if args.seed is None else args.seed
     torch.manual_seed(seed)
     args.dtype = getattr(torch, args.dtype)
-    args.calls = {"ours": prepare_qkv}
+    args.calls = {"ours": ours}
     for settings in args.settings:
         args.calls[f"ours, {','.join(map(str, astuple(settings)))}"] = with_settings(settings)
     with torch.no_grad():
@@ -215,7 +243,7 @@ def main(argv=None):
                 for variant in variants:
                     check(f"{kernel}, {variant}, small {name}", small, call, small.variant(variant))
     if args.eager:
-        args.calls["eager torch"] = reference
+        args.calls["eager torch"] = eager
 
     record = about(
         dtype=str(args.dtype).removeprefix("torch."), seed=seed, iterations=args.iters

@@ -256,7 +256,7 @@ def test_prologue_rows_outlive_a_failure_and_the_fastest_is_named(
 
     stubs = dict(
         about=lambda **more: dict.fromkeys(MACHINE, "1") | more, milliseconds=milliseconds,
-        Problem=Problem, prepare_qkv=lambda streams: None, check=lambda *args: None,
+        Problem=Problem, ours=lambda streams: None, check=lambda *args: None,
         moved_bytes=lambda *args: 10**6, copy_ms=lambda *args: 0.5,
     )
     for name, stub in stubs.items():

@@ -3,8 +3,7 @@
 A program takes a run of slots of one of q, k, v, a few tokens at a time, and goes over their heads
 in groups that lie side by side in memory, so that a token's rotary table is read once. A norm over
 all heads goes over them twice: with 4 tokens a program, all that is in flight fits a large GPU's
-L2, so the second time comes from there or from L1. Whole tokens in registers would be read once,
-but heads are seldom a power of two, and the rest would be instructions for nothing.
+L2, so the second time comes from there or from L1.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ class LaunchSettings:
 
 # By compute capability: no spills; not yet measured.
 SETTINGS = {80: LaunchSettings(16, 4, 4096, 4, 3), 86: LaunchSettings(16, 4, 4096, 4, 2)}
-# Of the pipeline where tiles alone are asked for: with 2 or 4 some builds spill.
-ALONE_STAGES = 3
+# Where tiles alone are asked for: whole ones, whose sums stay in registers.
+ALONE = LaunchSettings(16, 16, 4096, 4, 2)
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -206,20 +205,22 @@ def _prepare(
                 p_out = out + o_out * stride_on + o_h.to(tl.int64) * stride_oh
                 _store_pairs(p_out, b_first, b_second, m_p & m_h, D, INTERLEAVED)
             if tiles is not None:
-                # [1, HEADS, D / 2]; the sum so far is in memory, as not all heads fit registers.
+                # [1, HEADS, D / 2]
                 m_pool = o_slot < i_length
                 b_first = tl.sum(tl.where(m_pool, b_first, 0.0), 0, keep_dims=True)
                 b_second = tl.sum(tl.where(m_pool, b_second, 0.0), 0, keep_dims=True)
                 o_tile = o_h.to(tl.int64) * T * D
-                i_more, i_count = i_n + TOKENS < SLOTS, tl.maximum(i_length, 1).to(tl.float32)
-                b_old, b_old_second = _load_pairs(
-                    tiles, None, o_tile, m_h & (i_n > 0), None, 0.0, D, INTERLEAVED
-                )
-                i_count = tl.where(i_more, 1.0, i_count)
-                b_first = (b_first + b_old) / i_count
-                b_second = (b_second + b_old_second) / i_count
-                _store_pairs(tiles + o_tile, b_first, b_second, m_h, D, INTERLEAVED)
-        if tiles is not None:
+                i_count = tl.maximum(i_length, 1).to(tl.float32)
+                if TOKENS < SLOTS:
+                    # The sum so far is in memory, as not all heads fit registers.
+                    b_old, b_old_second = _load_pairs(
+                        tiles, None, o_tile, m_h & (i_n > 0), None, 0.0, D, INTERLEAVED
+                    )
+                    b_first, b_second = b_first + b_old, b_second + b_old_second
+                    i_count = tl.where(i_n + TOKENS < SLOTS, 1.0, i_count)
+                p_tile = tiles + o_tile
+                _store_pairs(p_tile, b_first / i_count, b_second / i_count, m_h, D, INTERLEAVED)
+        if tiles is not None and TOKENS < SLOTS:
             # Another thread may read what this one stored.
             tl.debug_barrier()
 
@@ -309,16 +310,16 @@ def prepare_qkv(
     # v of one stream in the model's order is in place.
     v = [streams[0].v] if source is None and len(streams) == 1 and not heads_first else []
     out = [like.new_empty(shape) for _ in range(3 - len(v))]
-    views = out if heads_first else [x.transpose(1, 2) for x in out]
-    tiles = _launch(streams, rotary, source, views, tile_lengths, slots, settings)
-    return Prepared(*out, *v, *tiles)
+    to = out if heads_first else [x.transpose(1, 2) for x in out]
+    return Prepared(*out, *v, *_launch(streams, rotary, source, to, tile_lengths, slots, settings))
 
 
 def pool_qk(
-    streams: Sequence[Stream], rotary: Rotary | None, source: Tensor | None, tile_lengths: Tensor
-) -> tuple[Tensor, Tensor]:
+    streams: Sequence[Stream], rotary: Rotary | None, source: Tensor | None, tile_lengths: Tensor,
+    settings: LaunchSettings = ALONE,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`prologue.pool_qk` where `can_prepare` says yes."""
-    return _launch(streams, rotary, source, [], tile_lengths)
+    return _launch(streams, rotary, source, [], tile_lengths, settings=settings)
 
 
 def _launch(
@@ -330,7 +331,7 @@ def _launch(
     slots: Tensor | None = None,
     settings: LaunchSettings | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Fill `out`, `[B, H, P, D]` of q, k and v, or q and k, or none; return tiles of q and k."""
+    """Fill `out`, `[B, H, P, D]` of q, k and v, of q and k or none; return tiles."""
     first, second = streams[0], streams[1] if len(streams) == 2 else None
     batch, rows, heads, head_dim = first.q.shape
     x, x2 = _aligned(first), _aligned(second) if second else (None,) * 3
@@ -366,8 +367,8 @@ def _launch(
             heads, count, num_tiles, rows, None if slots is None else slots.shape[2],
             first_row, rotated, NORM=None if norm is None else norm.kind, STEP=step,
             INTERLEAVED=rotary is not None and rotary.interleaved, D=head_dim, SLOTS=size,
-            TOKENS=tokens, HEADS=group, STAGES=settings.num_stages if out else ALONE_STAGES,
-            PARTS=parts, num_warps=settings.num_warps,
+            TOKENS=tokens, HEADS=group, STAGES=settings.num_stages, PARTS=parts,
+            num_warps=settings.num_warps,
             enable_fp_fusion=False,  # stock code rounds every product
         )  # fmt: skip
     return tiles

@@ -247,9 +247,6 @@ def check(case, device, dtype, source=None, **options):
     if "tile_lengths" in options:
         tiles = kernel(pool_qk, *case.arguments(device, dtype), place, **moved)
         assert_same(replace(got, q_tiles=tiles[0], k_tiles=tiles[1]), eager, exact)
-        # On a GPU the two are different builds, which may add tokens in different orders.
-        if device == "cpu":
-            assert torch.equal(tiles[0], got.q_tiles) and torch.equal(tiles[1], got.k_tiles)
         tiles = pool_reference(*case.arguments("cpu", dtype), source, **options)
         assert torch.equal(tiles[0], eager.q_tiles) and torch.equal(tiles[1], eager.k_tiles)
     return got

@@ -38,13 +38,15 @@ def compile_call(arch, norm, head_dim, heads, two, asked):
 
     from dfsattn_diffusers.kernels import prologue_kernels
 
-    settings = prologue_kernels.settings_for(divmod(arch, 10))
+    settings = prologue_kernels.ALONE
+    if "rows" in asked:
+        settings = prologue_kernels.settings_for(divmod(arch, 10))
     tile = 16 if "tiles" in asked else None
     slots, tokens, group = prologue_kernels.launch_shape(heads, head_dim, tile, settings)
-    stages = settings.num_stages if "rows" in asked else prologue_kernels.ALONE_STAGES
     constants = dict(
         NORM=norm, STEP=tl.float32, INTERLEAVED=norm is not None, D=head_dim, SLOTS=slots,
-        TOKENS=tokens, HEADS=group, STAGES=stages, PARTS=3 if "rows" in asked else 2,
+        TOKENS=tokens, HEADS=group, STAGES=settings.num_stages,
+        PARTS=3 if "rows" in asked else 2,
     )  # fmt: skip
     types = dict(eps="fp32", source="*i32")
     kinds = dict.fromkeys(("q", "k", "v", "q_out", "k_out", "v_out"), "*bf16")

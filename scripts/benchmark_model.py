@@ -172,17 +172,20 @@ def whole(run, configs, steps, record):
 
 
 def profile(run, config, steps):
-    """Print the kernels of one reuse step that take the most time."""
+    """Print the kernels of a refresh and of the reuse step after it that take the most time."""
     kinds = [kind.split()[0] for kind in plan(config, steps)]
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities = [torch.profiler.ProfilerActivity.CUDA]
+    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     with enable_dfsattn(run, config):
         run.step(kinds.index("refresh"))
-        with torch.profiler.profile(activities=activities) as profiler:
-            run.step(kinds.index("reuse"))
-    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    print(profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=80))
+        run.step(kinds.index("reuse"))
+        for kind in ("refresh", "reuse"):
+            with torch.profiler.profile(activities=activities) as profiler:
+                run.step(kinds.index(kind))
+            averages = profiler.key_averages()
+            print(kind, averages.table(sort_by=order, row_limit=25, max_name_column_width=80))
 
 
 def benchmark(model, name, args):
@@ -234,7 +237,7 @@ def main(argv=None):
     add("--whole-run", action="store_true", help="also really run all steps")
     add("--compile", nargs="?", const="inductor", metavar="BACKEND",
         help="torch.compile the blocks, dense and sparse, each as one graph")
-    add("--profile", action="store_true", help="instead, show the kernels of one reuse step")
+    add("--profile", action="store_true", help="instead, show where the time goes")
     add("--tiny", action="store_true", help="the same on models of no size, also without a GPU")
     add("--output", type=Path, default=Path("benchmarks/model.json"), help="JSON, added to")
     args = parser.parse_args(argv)

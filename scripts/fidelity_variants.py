@@ -43,6 +43,7 @@ _BEST = dict(_MEAN, key_block=64)
 # A curve for each head.
 _CURVES = dict(order=("hilbert3d", "hilbert2d", "hilbert_fw", "hilbert_fh"))
 _HEADS = dict(_MEAN, **_CURVES)
+_HEADS_64 = dict(_BEST, **_CURVES)
 
 
 def _residual(pool, dense_fraction=0.06, interval=0.08, keep=0.1, **changes):
@@ -54,11 +55,24 @@ def _residual(pool, dense_fraction=0.06, interval=0.08, keep=0.1, **changes):
     return _ours(**config | changes)
 
 
-def _few_residual(steps, keep, refreshes, interval=0.25, tail_pool=32):
-    return _few(
-        steps, **_HEADS | dict(tail_pool=tail_pool), residual_pool=1, keep_ratios=(keep,),
-        refreshes=refreshes, refresh_interval=interval,
+def _few_residual(steps, keep, refreshes, interval=0.25, **changes):
+    config = dict(
+        _HEADS, residual_pool=1, keep_ratios=(keep,), refreshes=refreshes,
+        refresh_interval=interval,
     )  # fmt: skip
+    return _few(steps, **config | changes)
+
+
+def _fresh(steps, ratios, **changes):
+    """A few-step run with new maps in every step."""
+    config = dict(_HEADS_64, keep_ratios=ratios, refresh_interval=1 / steps)
+    return _few(steps, **config | changes)
+
+
+# Kept shares of 7 and of 3 sparse steps, at the paper's cost.
+_STEEP = (0.35, 0.24, 0.16, 0.11, 0.08, 0.07, 0.06)
+_SLOPE = (0.25, 0.2, 0.17, 0.14, 0.12, 0.1, 0.09)
+_GENTLE = (0.22, 0.16, 0.12)
 
 
 # In order of importance: a run that is cut has done the first ones.
@@ -70,17 +84,17 @@ VARIANTS = {
     "preset balanced": _ours("balanced", min_tokens=0),
     "preset fast": _ours("fast", min_tokens=0),
     "preset turbo": _ours("turbo", min_tokens=0),
-    # Residuals of every query, in some directions of each head.
+    # Their residuals kept in other ways.
     **{
-        f"preset {name}, rank {rank}": _ours(
-            name, min_tokens=0, residual_pool=1, residual_rank=rank
-        )
+        f"preset {name}, rank 4": _ours(name, min_tokens=0, residual_rank=4)
         for name in ("balanced", "fast", "turbo")
-        for rank in (4, 8)
     },
-    "preset fast, rank 8 of 4 queries": _ours(
-        "fast", min_tokens=0, residual_pool=4, residual_rank=8
-    ),
+    **{
+        f"preset {name}, residuals of 64": _ours(
+            name, min_tokens=0, residual_pool=64, residual_rank=None
+        )
+        for name in ("quality", "balanced", "fast", "turbo")
+    },
     # At 0.42 of the paper's cost.
     "keep 0.04, dense every 16th step, residuals of 1": _residual(
         1, 0.04, interval=0.32, keep=0.04, tail_pool=64
@@ -88,15 +102,36 @@ VARIANTS = {
     "keep 0.04, dense every 16th step, residuals of 32": _residual(
         32, 0.04, interval=0.32, keep=0.04, tail_pool=64
     ),
+    "keep 0.04, dense every 16th step, rank 8": _residual(
+        1, 0.04, interval=0.32, keep=0.04, tail_pool=64, residual_rank=8
+    ),
     # Few-step runs, one dense step.
     "paper, 8 steps": _few(8),
-    "best, 8 steps, a curve for each head": _few(8, **_BEST, **_CURVES),
+    "best, 8 steps, a curve for each head": _few(8, **_HEADS_64),
+    "best, 8 steps, a curve for each head, 64 x 64": _few(8, **_HEADS_64, query_block=64),
+    "best, 8 steps, a curve for each head, tiles of 8": _few(8, **_HEADS_64, tile_size=8),
+    "best, 8 steps, a curve for each head, means of 16": _few(8, **_HEADS_64 | dict(tail_pool=16)),
+    "best, 8 steps, a curve for each head, keep 0.17": _few(8, **_HEADS_64, keep_ratios=(0.17,)),
+    "8 steps, new maps, keep 0.35 to 0.06": _fresh(8, _STEEP),
+    "8 steps, new maps, keep 0.25 to 0.09": _fresh(8, _SLOPE),
+    "8 steps, new maps, keep 0.15": _fresh(8, (0.15,) * 7),
+    "8 steps, new maps, keep 0.25 to 0.09, tiles of 8": _fresh(8, _SLOPE, tile_size=8),
+    "8 steps, new maps, keep 0.25 to 0.09, 64 x 64": _fresh(8, _SLOPE, query_block=64),
+    "8 steps, new maps, keep 0.25 to 0.09, moments": _fresh(8, _SLOPE, tail="moment"),
+    "8 steps, keep 0.1, rank 8 from the first": _few_residual(8, 0.1, 1, residual_rank=8),
     "8 steps, keep 0.13, residuals of 1 from the first": _few_residual(8, 0.13, 1),
     "8 steps, keep 0.02, residuals of 1 from the first and fifth": _few_residual(
         8, 0.02, 2, 0.5, tail_pool=64
     ),
     "paper, 4 steps": _few(4),
-    "best, 4 steps, a curve for each head": _few(4, **_BEST, **_CURVES),
+    "best, 4 steps, a curve for each head": _few(4, **_HEADS_64),
+    "best, 4 steps, a curve for each head, 64 x 64": _few(4, **_HEADS_64, query_block=64),
+    "best, 4 steps, a curve for each head, means of 16": _few(4, **_HEADS_64 | dict(tail_pool=16)),
+    "best, 4 steps, a curve for each head, keep 0.17": _few(4, **_HEADS_64, keep_ratios=(0.17,)),
+    "4 steps, new maps, keep 0.3 to 0.07": _fresh(4, (0.3, 0.14, 0.07)),
+    "4 steps, new maps, keep 0.22 to 0.12": _fresh(4, _GENTLE),
+    "4 steps, new maps, keep 0.22 to 0.12, tiles of 8": _fresh(4, _GENTLE, tile_size=8),
+    "4 steps, new maps, keep 0.22 to 0.12, moments": _fresh(4, _GENTLE, tail="moment"),
     "4 steps, keep 0.12, residuals of 1 from the first": _few_residual(4, 0.12, 1),
     # A curve for each head, and residuals.
     "paper, a curve for each head": _ours(**_CURVES),
@@ -104,6 +139,7 @@ VARIANTS = {
     "the same, residuals of 128": _ours(**_HEADS, residual_pool=128),
     "the same, residuals of 32": _ours(**_HEADS, residual_pool=32),
     "the same, residuals of 1": _ours(**_HEADS, residual_pool=1),
+    "the same, rank 8": _ours(**_HEADS, residual_pool=1, residual_rank=8),
     "keep 0.1, dense every 4th step, residuals of 1": _residual(1),
     "keep 0.1, dense every 4th step, residuals of 64": _residual(64),
     "keep 0.2, dense every 6th step, residuals of 64": _residual(64, interval=0.12, keep=0.2),

@@ -40,7 +40,7 @@ def presets():
                 f"{config.query_block} x {config.key_block}",
                 "one" if isinstance(config.order, str) else f"{len(config.order)}, by head",
                 f"mean of {config.tail_pool}" if config.tail else "dropped",
-                f"of {config.residual_pool}" if config.residual_pool else "none",
+                residuals_of(config),
                 f"{nominal_cost(config):.2f}",
                 f"{measured[name]:.1f} dB" if name in measured else "",
             ]
@@ -57,7 +57,15 @@ def dense_steps(config):
         return f"first {start}"
     if config.refreshes is None:
         return f"first {start}, then {len(config.keep_ratios) - 1} more"
-    return f"first {start}, then every {interval}th"
+    ordinal = {2: "2nd", 3: "3rd"}.get(interval, f"{interval}th")
+    return f"first {start}, then every {ordinal}"
+
+
+def residuals_of(config):
+    if config.residual_pool is None:
+        return "none"
+    shared = "" if config.residual_pool == 1 else f" of {config.residual_pool}"
+    return f"{config.residual_rank or 'all'} directions{shared}"
 
 
 def preset_psnr():
@@ -185,7 +193,6 @@ TABLES = {
     "docs/performance.md": {"kernels": kernels, "prologue": prologue, "models": models},
     "docs/fidelity.md": {
         "fidelity": fidelity,
-        "low_rank": partial(other_fidelity, "fidelity_low_rank"),
         "earlier": partial(other_fidelity, "fidelity_earlier"),
     },
 }

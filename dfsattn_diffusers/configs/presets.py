@@ -13,15 +13,15 @@ DEFAULT_PRESET = "balanced"
 # Below about 4,000 tokens dense attention is too short for sparsity to pay.
 _BEYOND: dict[str, Any] = dict(
     order=("hilbert3d", "hilbert2d", "hilbert_fw", "hilbert_fh"),
-    tail="mean", tail_pool=32, budget="layer", selection="error", residual_pool=64,
-    min_tokens=4096,
+    tail="mean", tail_pool=32, budget="layer", selection="error", residual_pool=1,
+    residual_rank=8, min_tokens=4096,
 )  # fmt: skip
 # Every refresh is dense: few dense steps at the start, and more of them later on.
 _OFTEN: dict[str, Any] = dict(_BEYOND, refreshes=99)
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "quality": dict(_BEYOND, keep_ratios=(0.5, 0.4, 0.3), key_block=64),
-    "balanced": dict(_BEYOND),
+    "quality": dict(_OFTEN, dense_fraction=0.12, keep_ratios=(0.2,), refresh_interval=0.08),
+    "balanced": dict(_OFTEN, dense_fraction=0.1, keep_ratios=(0.1,), refresh_interval=0.1),
     "fast": dict(_OFTEN, dense_fraction=0.12, keep_ratios=(0.1,), refresh_interval=0.16),
     "turbo": dict(_OFTEN, dense_fraction=0.06, keep_ratios=(0.05,), refresh_interval=0.2),
 }

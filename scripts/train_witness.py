@@ -4,9 +4,9 @@
         --output benchmarks/witnesses/hunyuan_video --report outputs/hunyuan_video
 
 The HunyuanVideo there took one H100 and `--seconds 520`, when all clips were whole ones and AdamW
-was the optimizer; the CogVideoX `--family cogvideox --seconds 440`. Text encoder and VAE are those of the package, fixed. Clips are drawn on the
-device, nothing is downloaded. Stages end by the clock: the same seed gives the same recipe, not the
-same bits.
+was the optimizer; the CogVideoX took `--family cogvideox --seconds 440`. Text encoder and VAE are
+those of the package, fixed. Clips are drawn on the device, nothing is downloaded. Stages end by the
+clock: the same seed gives the same recipe, not the same bits.
 """
 
 import argparse

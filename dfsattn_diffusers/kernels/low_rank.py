@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RUN = 64  # rows that share a scale
-_ROUNDS = 4  # of the iteration that finds the directions
-_TINY = 1e-20
+ROUNDS = 4  # of the iteration that finds the directions
+SMALLEST = 1e-5  # part of a row that makes a direction of its own
+TINY = 1e-20
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class LowRank:
         basis = _main_directions(x.mT @ x, rank)
         coefficients = x @ basis.mT
         runs = F.pad(coefficients, (0, 0, 0, -x.shape[2] % RUN)).unflatten(2, (-1, RUN))
-        scales = (runs.abs().amax(3) / 7.5).clamp(min=_TINY).to(torch.bfloat16)
+        scales = (runs.abs().amax(3) / 7.5).clamp(min=TINY).to(torch.bfloat16)
         codes = runs / scales.float()[:, :, :, None] + 7.5
         codes = codes.round().clamp(0, 15).to(torch.uint8).flatten(2, 3)[:, :, : x.shape[2]]
         return cls(codes[..., ::2] | codes[..., 1::2] << 4, scales, basis)
@@ -73,7 +74,7 @@ def _main_directions(gram: Tensor, rank: int) -> Tensor:
     # Noise of a kind, made on the device and the same in every call.
     start = (43758.5453 * (12.9898 * place).sin()).frac() - 0.5
     basis = start.view(rank, size).expand(*gram.shape[:2], -1, -1)
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         basis = _orthonormal(basis @ gram)
     return basis
 
@@ -82,10 +83,10 @@ def _orthonormal(rows: Tensor) -> Tensor:
     """Gram and Schmidt's, twice, since once is not exact; a row without a part of its own is 0."""
     done = rows[..., :0, :]
     for row in rows.split(1, dim=-2):
-        row = row / row.norm(dim=-1, keepdim=True).clamp(min=_TINY)
+        row = row / row.norm(dim=-1, keepdim=True).clamp(min=TINY)
         for _ in range(2):
             row = row - (row @ done.mT) @ done
         norm = row.norm(dim=-1, keepdim=True)
-        row = torch.where(norm > 1e-5, row / norm.clamp(min=_TINY), 0.0)
+        row = torch.where(norm > SMALLEST, row / norm.clamp(min=TINY), 0.0)
         done = torch.cat((done, row), -2)
     return done

@@ -30,6 +30,9 @@ def measure_residual(
     Source: window attention with its residual to full attention, shared between steps: Yuan et
     al., DiTFastAttn, arXiv 2406.08552. Here it is that of block-sparse attention, pooled.
     """
+    kernels = None if rank is None else fast("low_rank_kernels", out)
+    if kernels and kernels.can_measure(exact, out):
+        return kernels.measure(exact, out, rows, lengths, rank)
     batch, _, heads, head_dim = out.shape
     residual, parts = None, []
     if rank is None:

@@ -13,6 +13,7 @@ RUN = 64  # rows that share a scale
 ROUNDS = 4  # of the iteration that finds the directions
 SMALLEST = 1e-5  # part of a row that makes a direction of its own
 TINY = 1e-20
+MIX = (0x2C1B3C6D, 0x297A2D39)  # odd factors that spread bits
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,12 @@ def bytes_of(rows: int, head_dim: int, rank: int) -> int:
 def _main_directions(gram: Tensor, rank: int) -> Tensor:
     """`[B, H, rank, D]`, about the first eigenvectors of `[B, H, D, D]`: orthogonal iteration."""
     size = gram.shape[-1]
-    place = torch.arange(rank * size, device=gram.device, dtype=torch.float32)
-    # Noise of a kind, made on the device and the same in every call.
-    start = (43758.5453 * (12.9898 * place).sin()).frac() - 0.5
+    # Noise that needs no generator, the same in every call and on every device.
+    bits = torch.arange(1, 1 + rank * size, device=gram.device)
+    for factor in MIX:
+        bits = bits * factor & 0x7FFFFFFF
+        bits = bits ^ bits >> 15
+    start = bits.float() / 2**31 - 0.5
     basis = start.view(rank, size).expand(*gram.shape[:2], -1, -1)
     for _ in range(ROUNDS):
         basis = _orthonormal(basis @ gram)

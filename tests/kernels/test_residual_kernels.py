@@ -1,11 +1,14 @@
 import pytest
 import torch
+from kernel_cases import ON_CUDA
 
 from dfsattn_diffusers.kernels import residual as module
 from dfsattn_diffusers.kernels.low_rank import RUN, LowRank, bytes_of
 from dfsattn_diffusers.kernels.residual import add_residual, measure_residual
 
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_CUDA)]
+# Triton's interpreter cuts bf16 off where a GPU rounds it.
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=ON_CUDA)]
 POOLS = [1, 4, 32]
 
 
@@ -63,10 +66,7 @@ def added_by_kernel(out, residual, slots, pool):
     return made
 
 
-# Triton's interpreter cuts bf16 off where a GPU rounds it.
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
-)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("device", DEVICES)
@@ -144,9 +144,7 @@ def test_slices_of_heads_have_the_same_directions(monkeypatch, rank):
     )
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
-)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("pool, rank", [(1, 2), (1, 8), (4, 4)])
 @pytest.mark.parametrize("device", DEVICES)

@@ -224,7 +224,9 @@ def assert_same(got: Prepared, eager: Prepared, exact: Prepared):
     for name, x in tensors(got).items():
         x = x.cpu()
         assert (x.dtype, x.shape) == (eager[name].dtype, eager[name].shape), name
-        assert_close(x, exact[name].double(), eager[name])
+        # A tile's mean is as wrong as the sum of its tokens is rounded.
+        largest = exact[name[0]].abs().max().item()
+        assert_close(x, exact[name].double(), eager[name], largest=largest)
         if x.dtype != torch.float32:
             assert (x == eager[name]).float().mean() > 0.99, name
 

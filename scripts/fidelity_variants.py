@@ -69,7 +69,8 @@ def _fresh(steps, ratios, **changes):
     return _few(steps, **config | changes)
 
 
-# Kept shares of 7 and of 3 sparse steps, at the paper's cost.
+# Kept shares of 8, 7 and 3 sparse steps, at the paper's cost.
+_STEEPEST = (0.8, 0.4, 0.25, 0.18, 0.14, 0.12, 0.1, 0.1)
 _STEEP = (0.35, 0.24, 0.16, 0.11, 0.08, 0.07, 0.06)
 _SLOPE = (0.25, 0.2, 0.17, 0.14, 0.12, 0.1, 0.09)
 _GENTLE = (0.22, 0.16, 0.12)
@@ -118,6 +119,13 @@ VARIANTS = {
     "8 steps, new maps, keep 0.25 to 0.09, tiles of 8": _fresh(8, _SLOPE, tile_size=8),
     "8 steps, new maps, keep 0.25 to 0.09, 64 x 64": _fresh(8, _SLOPE, query_block=64),
     "8 steps, new maps, keep 0.25 to 0.09, moments": _fresh(8, _SLOPE, tail="moment"),
+    "8 steps, new maps, keep 0.38 to 0.08, means of 64": _fresh(
+        8, (0.38, 0.26, 0.17, 0.12, 0.1, 0.09, 0.08), tail_pool=64
+    ),
+    "8 steps, no dense step, keep 0.8 to 0.1": _fresh(8, _STEEPEST, dense_fraction=0),
+    "8 steps, no dense step, keep 0.8 to 0.1, means of 64": _fresh(
+        8, _STEEPEST, dense_fraction=0, tail_pool=64
+    ),
     "8 steps, keep 0.1, rank 8 from the first": _few_residual(8, 0.1, 1, residual_rank=8),
     "8 steps, keep 0.13, residuals of 1 from the first": _few_residual(8, 0.13, 1),
     "8 steps, keep 0.02, residuals of 1 from the first and fifth": _few_residual(
@@ -132,6 +140,14 @@ VARIANTS = {
     "4 steps, new maps, keep 0.22 to 0.12": _fresh(4, _GENTLE),
     "4 steps, new maps, keep 0.22 to 0.12, tiles of 8": _fresh(4, _GENTLE, tile_size=8),
     "4 steps, new maps, keep 0.22 to 0.12, moments": _fresh(4, _GENTLE, tail="moment"),
+    "4 steps, new maps, keep 0.22 to 0.12, mass": _fresh(4, _GENTLE, selection="mass"),
+    "4 steps, new maps, keep 0.28 to 0.1, means of 64": _fresh(4, (0.28, 0.17, 0.1), tail_pool=64),
+    "4 steps, no dense step, keep 0.55 to 0.2": _fresh(
+        4, (0.55, 0.38, 0.28, 0.2), dense_fraction=0
+    ),
+    "4 steps, no dense step, keep 0.62 to 0.24, means of 64": _fresh(
+        4, (0.62, 0.43, 0.31, 0.24), dense_fraction=0, tail_pool=64
+    ),
     "4 steps, keep 0.12, residuals of 1 from the first": _few_residual(4, 0.12, 1),
     # A curve for each head, and residuals.
     "paper, a curve for each head": _ours(**_CURVES),

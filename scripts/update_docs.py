@@ -8,7 +8,6 @@ import argparse
 import json
 import re
 import sys
-from functools import partial
 from math import prod
 from pathlib import Path
 from statistics import mean
@@ -134,8 +133,8 @@ def prologue():
     return f"{about(data)}\n\n{markdown(header, rows)}"
 
 
-def fidelity_data(name="fidelity"):
-    path = ROOT / "benchmarks" / f"{name}.json"
+def fidelity_data():
+    path = ROOT / "benchmarks" / "fidelity.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -152,18 +151,11 @@ def fidelity():
         "with its 95 % bootstrap interval.\n\n"
         "![Quality against cost](fidelity.svg)"
     )
-    return f"{about}\n\n{fidelity_tables(data)}"
-
-
-def other_fidelity(name):
-    return fidelity_tables(fidelity_data(name))
-
-
-def fidelity_tables(data):
-    return "\n\n".join(
+    panels = [
         f"### {title_of(witness, grid, runs)}\n\n{markdown(HEADER, rows_of(runs))}"
         for (witness, grid), runs in groups(data).items()
-    )
+    ]
+    return "\n\n".join([about, *panels])
 
 
 def models():
@@ -191,10 +183,7 @@ def models():
 TABLES = {
     "README.md": {"presets": presets},
     "docs/performance.md": {"kernels": kernels, "prologue": prologue, "models": models},
-    "docs/fidelity.md": {
-        "fidelity": fidelity,
-        "earlier": partial(other_fidelity, "fidelity_earlier"),
-    },
+    "docs/fidelity.md": {"fidelity": fidelity},
 }
 DRAWING = "docs/fidelity.svg"
 

@@ -53,16 +53,19 @@ class DFSAttnProcessor:
         self.config = resolve_config(DEFAULT_PRESET if config is None else config)
         self.handle: DFSAttnHandle | None = None
         self._num_inference_steps = num_inference_steps
-        # torch's global hooks would keep this object alive for ever.
-        this = weakref.ref(self)
+        # torch's global hooks would keep this object alive for ever, so they know its mark. A
+        # compiler that traces other models through them cannot do with a weak reference.
+        this, mark = weakref.ref(self), object()
+        self._mark = mark
 
         def find_root(module: torch.nn.Module, args: tuple) -> None:
-            processor = this()
-            if processor is None:
+            processors = getattr(module, "attn_processors", None) or {}
+            found = [p for p in processors.values() if getattr(p, "_mark", None) is mark]
+            if found:
                 listener.remove()
-            elif processor._is_held_by(module):
+                found[0]._bind(unwrap_module(module))
+            elif not torch.compiler.is_compiling() and this() is None:
                 listener.remove()
-                processor._bind(unwrap_module(module))
 
         listener = register_module_forward_pre_hook(find_root)
 
@@ -78,10 +81,6 @@ class DFSAttnProcessor:
             "DFSAttnProcessor ran before its transformer did. It works on whole transformers, "
             f"called as such ({', '.join(list_models())}), one object for each."
         )
-
-    def _is_held_by(self, module: torch.nn.Module) -> bool:
-        processors = getattr(module, "attn_processors", None)
-        return bool(processors) and any(p is self for p in processors.values())
 
     def _bind(self, transformer: torch.nn.Module) -> None:
         # A former attachment notices by itself that its processors are gone.

@@ -217,6 +217,17 @@ def test_an_unbound_bare_processor_can_be_taken_back():
     assert torch.equal(run(pipe), stock)
 
 
+def test_a_bare_processor_that_was_never_called_leaves_no_hook():
+    hooks = torch.nn.modules.module._global_forward_pre_hooks
+    before = dict(hooks)
+    processor = DFSAttnProcessor(SPARSE)
+    assert len(hooks) == len(before) + 1
+    del processor
+    gc.collect()
+    torch.nn.Identity()(0)
+    assert hooks == before
+
+
 @pytest.mark.parametrize("variant", ["cogvideox-2b", "cogvideox-5b"])
 def test_fused_projections_before_and_while_enabled(variant):
     pipe = FAMILIES[variant]()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from .configs import DFSAttnConfig
@@ -12,6 +13,8 @@ from .configs import DFSAttnConfig
 Mode = Literal["dense", "refresh", "reuse"]
 # Steps between refreshes that are dense as well: closer ones would be most of a short run.
 LEAST_DENSE_INTERVAL = 4
+# Runs of fewer steps than this are short ones.
+FEW_STEPS = 16
 # Factor of a config of nearly no cost.
 _LEAST = 1e-6
 
@@ -42,6 +45,24 @@ def steps_of(fraction: float, num_steps: int) -> int:
     if fraction == 0:
         return 0
     return max(1, math.ceil(fraction * num_steps - 0.5))
+
+
+@cache
+def config_for_steps(config: DFSAttnConfig, num_steps: int) -> DFSAttnConfig:
+    """The config that a run of so many steps follows: another in short runs, if it says so."""
+    ratios = config.few_step_ratios
+    if ratios is None or num_steps >= FEW_STEPS:
+        return config
+    sparse = max(1, num_steps - 1)
+    return config.replace(
+        dense_fraction=1 / num_steps,
+        keep_ratios=[ratios[step * len(ratios) // sparse] for step in range(sparse)],
+        refreshes=None,
+        refresh_interval=1 / num_steps,
+        residual_pool=None,
+        residual_rank=None,
+        few_step_ratios=None,
+    )
 
 
 def segment_of(step: int, num_steps: int, config: DFSAttnConfig) -> int:
@@ -96,7 +117,7 @@ def nominal_cost(config: DFSAttnConfig, num_steps: int = 50) -> float:
 
     Long videos come close to it; text, whole blocks and `dense_layers` add to it.
     """
-    total, cached = 0.0, None
+    total, cached, config = 0.0, None, config_for_steps(config, num_steps)
     # As of a layer that is in no list, of a video that is long enough.
     at = dict(layer=-1, config=config, video_tokens=config.min_tokens)
     for step in range(num_steps):
@@ -113,8 +134,9 @@ def config_for_cost(config: DFSAttnConfig, cost: float, num_steps: int = 50) -> 
     """A config of this nominal cost: its dense steps and its keep ratios are scaled alike.
 
     Args:
-        config: Where to start from. `dense_fraction` and `keep_ratios` change, and where refreshes
-            are dense and go on to the end of the run, `refresh_interval`; all else stays.
+        config: Where to start from. `dense_fraction`, `keep_ratios` and `few_step_ratios` change,
+            and where refreshes are dense and go on to the end of the run, `refresh_interval`; all
+            else stays.
         cost: Attention work relative to dense over a run; in (0, 1].
         num_steps: Steps of that run.
 
@@ -127,10 +149,12 @@ def config_for_cost(config: DFSAttnConfig, cost: float, num_steps: int = 50) -> 
 
     def scaled(dense: float, kept: float) -> DFSAttnConfig:
         interval = config.refresh_interval / dense if stretch else config.refresh_interval
+        few = config.few_step_ratios
         return config.replace(
             dense_fraction=min(1.0, config.dense_fraction * dense),
             refresh_interval=min(1.0, interval),
             keep_ratios=[min(1.0, ratio * kept) for ratio in config.keep_ratios],
+            few_step_ratios=few and [min(1.0, ratio * kept) for ratio in few],
         )
 
     least = nominal_cost(scaled(_LEAST, _LEAST), num_steps)

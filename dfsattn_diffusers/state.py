@@ -15,7 +15,7 @@ from .kernels.low_rank import LowRank
 from .layout import TokenGeometry, TokenLayout
 from .memory import ResidualLedger
 from .report import MapUse, Report, RunRecord, Stopwatch
-from .schedule import Decision, decide
+from .schedule import Decision, config_for_steps, decide
 from .selection import Selection
 from .text import TextLengths
 
@@ -94,10 +94,13 @@ class DFSAttnState:
 
     Args:
         config: The method's settings.
+
+    Attributes:
+        settings: What the run that is on follows: `config`, or what it says for short runs.
     """
 
     def __init__(self, config: DFSAttnConfig):
-        self.config = config
+        self.config = self.settings = config
         self.forward: Forward | None = None
         # Device, dtype and head dim of calls that the backend is known to serve.
         self.served: set[tuple] = set()
@@ -119,6 +122,7 @@ class DFSAttnState:
     def begin_run(self, num_steps: int) -> None:
         """Start a generation: maps of the last one are dropped."""
         self.drop_maps()
+        self.settings = config_for_steps(self.config, num_steps)
         self._runs.append(RunRecord(num_steps))
 
     def begin_forward(self, forward: Forward) -> None:
@@ -157,7 +161,7 @@ class DFSAttnState:
             forward.position.step,
             forward.position.num_steps,
             layer,
-            self.config,
+            self.settings,
             video_tokens=forward.geometry.video_tokens,
             cached_segment=cached.segment if cached else None,
         )
@@ -168,7 +172,7 @@ class DFSAttnState:
         Args:
             like: `[B, rows, H, D]` of the outputs' dtype and device.
         """
-        forward, config = self._require_forward(), self.config
+        forward, config = self._require_forward(), self.settings
         geometry, branch = forward.geometry, forward.position.branch
         if config.residual_pool is None or geometry.video_tokens < config.min_tokens:
             return
@@ -186,10 +190,10 @@ class DFSAttnState:
         if key not in self._layouts:
             self._layouts[key] = TokenLayout.build(
                 forward.geometry,
-                order=self.config.order,
-                tile_size=self.config.tile_size,
-                query_block=self.config.query_block,
-                key_block=self.config.key_block,
+                order=self.settings.order,
+                tile_size=self.settings.tile_size,
+                query_block=self.settings.query_block,
+                key_block=self.settings.key_block,
                 device=device,
             )
         return self._layouts[key]
@@ -204,7 +208,7 @@ class DFSAttnState:
     def store(self, layer: int, batch: int, segment: int, selection: Selection, kept: Kept) -> None:
         """Keep a new selection for the calls to come."""
         # The tail does a little work for everything that is not kept.
-        tail = self.config.tail_cost
+        tail = self.settings.tail_cost
         density = selection.density * (1 - tail) + tail
         use = MapUse(density, selection.recall, calls=1, dense=kept.residual is not None)
         self._runs[-1].modes["refresh"] += 1
@@ -213,7 +217,7 @@ class DFSAttnState:
         self._maps[self._key(layer)] = _Cached(segment, batch, geometry, kept, use)
 
     def _key(self, layer: int) -> tuple[str, int, str]:
-        branch = "" if self.config.share_maps_across_branches else self.forward.position.branch
+        branch = "" if self.settings.share_maps_across_branches else self.forward.position.branch
         return self.forward.model, layer, branch
 
     def _cached(self, layer: int, batch: int) -> _Cached | None:

@@ -20,7 +20,7 @@ from video_models import MODELS, TINY, Denoising
 
 from dfsattn_diffusers import enable_dfsattn, list_presets
 from dfsattn_diffusers.configs import resolve_config
-from dfsattn_diffusers.schedule import decide
+from dfsattn_diffusers.schedule import config_for_steps, decide
 
 # Dense baselines: diffusers' attention backend, and whether padding is trimmed first.
 BASELINES = {
@@ -28,8 +28,10 @@ BASELINES = {
     "dense": ("native", True),
     "dense, cuDNN": ("_native_cudnn", True),
 }
-# Reaches less than the presets' `min_tokens`, and blocks that suit it.
-TINY_CHANGES = dict(min_tokens=0, tile_size=8, query_block=32, key_block=32)
+# Reaches less than the presets' `min_tokens`, blocks that suit it, and few steps like many.
+TINY_CHANGES = dict(
+    min_tokens=0, tile_size=8, query_block=32, key_block=32, few_step_ratios=None
+)  # fmt: skip
 
 
 def config_of(preset, tiny):
@@ -93,7 +95,7 @@ def gate(run, changes):
 
 def plan(config, steps):
     """What each step does: "dense", or "refresh 0.3", "reuse 0.3", as the schedule decides."""
-    kinds, cached = [], None
+    kinds, cached, config = [], None, config_for_steps(config, steps)
     for step in range(steps):
         # Layer -1 is no dense layer of any config.
         decision = decide(step, steps, -1, config, video_tokens=10**9, cached_segment=cached)

@@ -85,6 +85,19 @@ VARIANTS = {
     "preset balanced": _ours("balanced", min_tokens=0),
     "preset fast": _ours("fast", min_tokens=0),
     "preset turbo": _ours("turbo", min_tokens=0),
+    # With pools' second moments.
+    **{
+        f"preset {name}, moments": _ours(name, min_tokens=0, tail="moment")
+        for name in ("balanced", "fast", "turbo")
+    },
+    # In short runs.
+    **{
+        f"preset {name}, {steps} steps": Variant(
+            name, dict(min_tokens=0), steps=steps, reference=f"paper, {steps} steps"
+        )
+        for steps in (8, 4)
+        for name in ("balanced", "fast", "turbo")
+    },
     # Their residuals kept in other ways.
     **{
         f"preset {name}, rank 4": _ours(name, min_tokens=0, residual_rank=4)

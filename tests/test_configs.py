@@ -39,6 +39,9 @@ def test_presets_survive_files(name, ending, tmp_path):
 def test_overrides_and_immutability():
     config = resolve_config("paper", keep_ratios=[0.5], dense_layers=[0, 3])
     assert config.keep_ratios == (0.5,) and config.dense_layers == (0, 3)
+    fast = resolve_config("fast", keep_ratios=[0.5])
+    assert fast.keep_ratios == fast.few_step_ratios == (0.5,)
+    assert resolve_config("fast", keep_ratios=[0.5], few_step_ratios=None).few_step_ratios is None
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.order = "raster"
     assert hash(config) == hash(config.replace(order="hilbert3d"))
@@ -52,6 +55,9 @@ def test_overrides_and_immutability():
         (dict(keep_ratios=(float("nan"),)), ValueError, r"got nan"),
         (dict(keep_ratios=()), ValueError, "at least one value"),
         (dict(keep_ratios=(0.1, 0.2)), ValueError, "must not rise along the run"),
+        (dict(few_step_ratios=(0.1, 0.2)), ValueError, "few_step_ratios must not rise along"),
+        (dict(few_step_ratios=()), ValueError, "few_step_ratios must hold at least one value"),
+        (dict(few_step_ratios=0.3), TypeError, "few_step_ratios must be a sequence of numbers"),
         (dict(keep_ratios=0.3), TypeError, "keep_ratios must be a sequence of numbers; got 0.3"),
         (dict(keep_ratios="0.3"), TypeError, "keep_ratios must be a sequence"),
         (dict(dense_fraction=-0.1), ValueError, r"dense_fraction must lie in \[0, 1\]"),

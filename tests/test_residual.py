@@ -37,6 +37,23 @@ def test_cost_counts_dense_refreshes(num_steps, dense_fraction):
     assert nominal_cost(config, num_steps) == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_short_runs_follow_ratios_of_their_own(family):
+    pipe = FAMILIES[family]()
+    long = SPARSE.replace(residual_pool=1)
+    short = SPARSE.replace(keep_ratios=(0.5, 0.5, 0.3))
+    videos = {}
+    for name, config in (
+        ("both", long.replace(few_step_ratios=(0.5, 0.3))), ("long", long), ("short", short)
+    ):  # fmt: skip
+        with enable_dfsattn(pipe, config) as handle:
+            videos[name] = [run(pipe, steps=steps) for steps in (4, 16, 4)]
+            assert handle.config == config
+    few, many, again = videos["both"]
+    assert torch.equal(few, videos["short"][0]) and torch.equal(many, videos["long"][1])
+    assert torch.equal(few, again) and not torch.equal(few, videos["long"][0])
+
+
 @pytest.mark.parametrize("order", ["hilbert3d", CURVES], ids=["one curve", "several"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_is_lost_until_the_input_changes(family, order, monkeypatch):

@@ -1,7 +1,14 @@
 import pytest
 
 from dfsattn_diffusers.configs import DFSAttnConfig
-from dfsattn_diffusers.schedule import decide, segment_of, steps_of
+from dfsattn_diffusers.schedule import (
+    FEW_STEPS,
+    config_for_steps,
+    decide,
+    nominal_cost,
+    segment_of,
+    steps_of,
+)
 
 PAPER = DFSAttnConfig()
 
@@ -75,3 +82,23 @@ def test_reasons_for_dense():
 def test_shares_in_whole_steps():
     assert steps_of(0.25, 50) == 12 and steps_of(0, 50) == 0 and steps_of(0.01, 4) == 1
     assert segment_of(0, 4, DFSAttnConfig(dense_fraction=0)) == 0
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 8, FEW_STEPS - 1, FEW_STEPS])
+def test_short_runs_spread_their_ratios_over_new_maps(num_steps):
+    config = DFSAttnConfig(
+        dense_fraction=0.5, refreshes=99, residual_pool=1, residual_rank=8,
+        few_step_ratios=(0.3, 0.2, 0.1),
+    )  # fmt: skip
+    settings = config_for_steps(config, num_steps)
+    if num_steps >= FEW_STEPS:
+        assert settings is config
+        return
+    assert settings.residual_pool is settings.residual_rank is None
+    dense, *sparse = modes(num_steps, settings)
+    assert dense == ("dense", 1.0) and all(mode == "refresh" for mode, _ in sparse)
+    ratios = [ratio for _, ratio in sparse]
+    assert ratios == sorted(ratios, reverse=True) and set(ratios) <= {0.3, 0.2, 0.1}
+    if num_steps == 8:
+        assert ratios == [0.3] * 3 + [0.2] * 2 + [0.1] * 2
+    assert nominal_cost(config, num_steps) == pytest.approx((1 + sum(ratios)) / num_steps)

@@ -65,6 +65,10 @@ class DFSAttnConfig:
             `MemoryError` in the first calls of a run.
         residual_rank: Directions of each head in which the correction is kept, at 4 bits; an even
             number. None keeps it whole. With 8 of 128 dimensions it takes 1/64.
+        few_step_ratios: Kept shares in runs of fewer than 16 steps, as of distilled models, where
+            dense refreshes would be most of the work: one dense step, a new map in every other one,
+            no correction. Spread over those steps, never rising. None: such runs are like long
+            ones.
         dense_layers: Indices of layers that stay dense in every step.
         min_tokens: With fewer video tokens than this, attention stays dense.
         share_maps_across_branches: Use the first guidance branch's map for the others too, where
@@ -92,6 +96,7 @@ class DFSAttnConfig:
     selection: str = "mass"
     residual_pool: int | None = None
     residual_rank: int | None = None
+    few_step_ratios: tuple[float, ...] | None = None
     dense_layers: tuple[int, ...] = ()
     min_tokens: int = 0
     share_maps_across_branches: bool = False
@@ -99,11 +104,14 @@ class DFSAttnConfig:
     backend: str = "auto"
 
     def __post_init__(self):
-        for name in ("keep_ratios", "dense_layers"):
-            object.__setattr__(self, name, as_tuple(name, getattr(self, name)))
+        for name in ("keep_ratios", "few_step_ratios", "dense_layers"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, as_tuple(name, getattr(self, name)))
         check_fraction("dense_fraction", self.dense_fraction, zero_allowed=True)
         check_fraction("refresh_interval", self.refresh_interval)
-        self._check_keep_ratios()
+        _check_ratios("keep_ratios", self.keep_ratios)
+        if self.few_step_ratios is not None:
+            _check_ratios("few_step_ratios", self.few_step_ratios)
         self._check_order()
         if self.refreshes is not None:
             check_int("refreshes", self.refreshes, least=len(self.keep_ratios))
@@ -130,17 +138,6 @@ class DFSAttnConfig:
             )
         if not isinstance(self.backend, str) or not self.backend:
             raise TypeError(f'backend must be "auto" or a backend\'s name; got {self.backend!r}.')
-
-    def _check_keep_ratios(self) -> None:
-        if not self.keep_ratios:
-            raise ValueError("keep_ratios must hold at least one value in (0, 1]; got none.")
-        for ratio in self.keep_ratios:
-            check_fraction("keep_ratios", ratio)
-        if any(later > earlier for earlier, later in zip(self.keep_ratios, self.keep_ratios[1:])):
-            raise ValueError(
-                f"keep_ratios must not rise along the run; got {self.keep_ratios}. Put the "
-                "largest first."
-            )
 
     def _check_order(self) -> None:
         if not isinstance(self.order, str):
@@ -235,3 +232,14 @@ class DFSAttnConfig:
     def load(cls, path: str | Path) -> DFSAttnConfig:
         """Read a config from a `.json`, `.yaml` or `.yml` file; fields left out keep defaults."""
         return cls.from_dict(read_fields(Path(path)))
+
+
+def _check_ratios(name: str, ratios: tuple[float, ...]) -> None:
+    if not ratios:
+        raise ValueError(f"{name} must hold at least one value in (0, 1]; got none.")
+    for ratio in ratios:
+        check_fraction(name, ratio)
+    if any(later > earlier for earlier, later in zip(ratios, ratios[1:])):
+        raise ValueError(
+            f"{name} must not rise along the run; got {ratios}. Put the largest first."
+        )

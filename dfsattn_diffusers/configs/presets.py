@@ -20,11 +20,23 @@ _BEYOND: dict[str, Any] = dict(
 _OFTEN: dict[str, Any] = dict(_BEYOND, refreshes=99)
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "quality": dict(_OFTEN, dense_fraction=0.12, keep_ratios=(0.2,), refresh_interval=0.08),
-    "balanced": dict(_OFTEN, dense_fraction=0.1, keep_ratios=(0.1,), refresh_interval=0.1),
-    "fast": dict(_OFTEN, dense_fraction=0.12, keep_ratios=(0.1,), refresh_interval=0.16),
-    "turbo": dict(_OFTEN, dense_fraction=0.06, keep_ratios=(0.05,), refresh_interval=0.2),
-}
+    "quality": dict(
+        _OFTEN, dense_fraction=0.12, keep_ratios=(0.2,), refresh_interval=0.08,
+        few_step_ratios=(0.5, 0.4, 0.3),
+    ),
+    "balanced": dict(
+        _OFTEN, dense_fraction=0.1, keep_ratios=(0.1,), refresh_interval=0.1,
+        few_step_ratios=(0.3, 0.2, 0.15),
+    ),
+    "fast": dict(
+        _OFTEN, dense_fraction=0.12, keep_ratios=(0.1,), refresh_interval=0.16,
+        few_step_ratios=(0.22, 0.16, 0.12),
+    ),
+    "turbo": dict(
+        _OFTEN, dense_fraction=0.06, keep_ratios=(0.05,), refresh_interval=0.2,
+        few_step_ratios=(0.15, 0.1, 0.06),
+    ),
+}  # fmt: skip
 
 
 def list_presets() -> tuple[str, ...]:
@@ -59,4 +71,7 @@ def resolve_config(
             f"Unknown preset {config!r}; known presets are {', '.join(_PRESETS)}. A config file "
             "needs the ending .json, .yaml or .yml."
         )
+    if "keep_ratios" in overrides and resolved.few_step_ratios is not None:
+        # Who names ratios means those of any run.
+        overrides = {"few_step_ratios": overrides["keep_ratios"], **overrides}
     return resolved.replace(**overrides) if overrides else resolved

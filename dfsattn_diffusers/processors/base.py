@@ -77,7 +77,7 @@ class LayerProcessor:
         mask_is_text_padding: bool,
     ) -> Tensor:
         """`attend`, out of a compiler's sight: what it does may change from call to call."""
-        state, like, config = self.state, streams[0].q, self.state.config
+        state, like, config = self.state, streams[0].q, self.state.settings
         call = streams, rotary, attention_mask, mask_is_text_padding
         decision = state.decide(self.layer, like.shape[0])
         self._check_tokens(sum(stream.q.shape[1] for stream in streams))
@@ -139,7 +139,7 @@ class LayerProcessor:
 
     def _check_backend(self, query: Tensor) -> None:
         """Let the kernel do one token in the first step, not fail after all the dense ones."""
-        config, token = self.state.config, query[:1, :1].transpose(1, 2)
+        config, token = self.state.settings, query[:1, :1].transpose(1, 2)
         kind = query.device, query.dtype, query.shape[-1]
         if kind in self.state.served:
             return

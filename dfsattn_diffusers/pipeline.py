@@ -26,7 +26,8 @@ class DFSAttnHandle:
     """What `enable_dfsattn` returns; also a context manager that disables at its end.
 
     Attributes:
-        config: The settings in force.
+        config: The settings, as they were given; `state.settings` are those that the latest run
+            followed, which short runs have of their own.
         state: What is known of the generation in progress.
     """
 
@@ -85,9 +86,10 @@ def enable_dfsattn(
         pipe_or_transformer: A diffusers pipeline, or its transformer alone.
         config: A preset's name (see `list_presets`), a config, a mapping of config fields, or the
             path of a JSON or YAML file.
-        cost: Attention work of a whole run relative to dense, in (0, 1]: dense steps and keep
+        cost: Attention work of a run of 50 steps relative to dense, in (0, 1]: dense steps and keep
             ratios of `config` are scaled alike until they meet it.
-        **overrides: Config fields that replace those of `config`.
+        **overrides: Config fields that replace those of `config`; `resolve_config` says what they
+            imply for short runs.
 
     Returns:
         A handle with `report()`, `reset()` and `disable()`.

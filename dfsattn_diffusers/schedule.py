@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 from .configs import DFSAttnConfig
@@ -15,6 +14,8 @@ Mode = Literal["dense", "refresh", "reuse"]
 LEAST_DENSE_INTERVAL = 4
 # Runs of fewer steps than this are short ones.
 FEW_STEPS = 16
+# That stands for them where a cost is to be met.
+_SHORT_RUN = 8
 # Factor of a config of nearly no cost.
 _LEAST = 1e-6
 
@@ -47,7 +48,6 @@ def steps_of(fraction: float, num_steps: int) -> int:
     return max(1, math.ceil(fraction * num_steps - 0.5))
 
 
-@cache
 def config_for_steps(config: DFSAttnConfig, num_steps: int) -> DFSAttnConfig:
     """The config that a run of so many steps follows: another in short runs, if it says so."""
     ratios = config.few_step_ratios
@@ -117,17 +117,23 @@ def nominal_cost(config: DFSAttnConfig, num_steps: int = 50) -> float:
 
     Long videos come close to it; text, whole blocks and `dense_layers` add to it.
     """
-    total, cached, config = 0.0, None, config_for_steps(config, num_steps)
-    # As of a layer that is in no list, of a video that is long enough.
-    at = dict(layer=-1, config=config, video_tokens=config.min_tokens)
-    for step in range(num_steps):
-        now = decide(step, num_steps, cached_segment=cached, **at)
+    total, config = 0.0, config_for_steps(config, num_steps)
+    for now in decisions(config, num_steps):
         if now.mode == "dense" or now.mode == "refresh" and config.residual_pool is not None:
             total += 1
         if now.mode != "dense":
-            cached = now.segment
             total += now.keep_ratio + (1 - now.keep_ratio) * config.tail_cost
     return total / num_steps
+
+
+def decisions(config: DFSAttnConfig, num_steps: int) -> Iterator[Decision]:
+    """What a layer does in each step of a run, if it is in no list and the video long enough."""
+    cached, config = None, config_for_steps(config, num_steps)
+    at = dict(layer=-1, config=config, video_tokens=config.min_tokens)
+    for step in range(num_steps):
+        now = decide(step, num_steps, cached_segment=cached, **at)
+        cached = cached if now.mode == "dense" else now.segment
+        yield now
 
 
 def config_for_cost(config: DFSAttnConfig, cost: float, num_steps: int = 50) -> DFSAttnConfig:
@@ -136,7 +142,8 @@ def config_for_cost(config: DFSAttnConfig, cost: float, num_steps: int = 50) -> 
     Args:
         config: Where to start from. `dense_fraction`, `keep_ratios` and `few_step_ratios` change,
             and where refreshes are dense and go on to the end of the run, `refresh_interval`; all
-            else stays.
+            else stays. `few_step_ratios` are made to meet the cost in a run of 8 steps, as far as
+            its dense step lets them.
         cost: Attention work relative to dense over a run; in (0, 1].
         num_steps: Steps of that run.
 
@@ -145,17 +152,19 @@ def config_for_cost(config: DFSAttnConfig, cost: float, num_steps: int = 50) -> 
     """
     if isinstance(cost, bool) or not isinstance(cost, (int, float)) or not 0 < cost <= 1:
         raise ValueError(f"cost must be a number in (0, 1]; got {cost!r}.")
+    few, config = config.few_step_ratios, config.replace(few_step_ratios=None)
     stretch = config.residual_pool is not None and config.refreshes is not None
 
     def scaled(dense: float, kept: float) -> DFSAttnConfig:
         interval = config.refresh_interval / dense if stretch else config.refresh_interval
-        few = config.few_step_ratios
         return config.replace(
             dense_fraction=min(1.0, config.dense_fraction * dense),
             refresh_interval=min(1.0, interval),
             keep_ratios=[min(1.0, ratio * kept) for ratio in config.keep_ratios],
-            few_step_ratios=few and [min(1.0, ratio * kept) for ratio in few],
         )
+
+    def with_few(kept: float) -> DFSAttnConfig:
+        return config.replace(few_step_ratios=[min(1.0, ratio * kept) for ratio in few])
 
     least = nominal_cost(scaled(_LEAST, _LEAST), num_steps)
     if cost < least:
@@ -165,14 +174,18 @@ def config_for_cost(config: DFSAttnConfig, cost: float, num_steps: int = 50) -> 
             "or tail=None."
         )
     # Dense steps are whole; keep ratios make up for what they leave.
-    dense, _ = _bracket(lambda x: nominal_cost(scaled(x, x), num_steps) < cost, config)
-    _, kept = _bracket(lambda x: nominal_cost(scaled(dense, x), num_steps) < cost, config)
-    return scaled(dense, kept)
+    ratios = config.keep_ratios
+    dense, _ = _bracket(lambda x: nominal_cost(scaled(x, x), num_steps) < cost, ratios)
+    _, kept = _bracket(lambda x: nominal_cost(scaled(dense, x), num_steps) < cost, ratios)
+    if few is not None:
+        _, short = _bracket(lambda x: nominal_cost(with_few(x), _SHORT_RUN) < cost, few)
+        few = with_few(short).few_step_ratios
+    return scaled(dense, kept).replace(few_step_ratios=few)
 
 
-def _bracket(below: Callable[[float], bool], config: DFSAttnConfig) -> tuple[float, float]:
+def _bracket(below: Callable[[float], bool], ratios: Iterable[float]) -> tuple[float, float]:
     """The factors next to where `below` turns false, from nothing to keeping everything."""
-    low, high = _LEAST, 1 / min(config.keep_ratios)
+    low, high = _LEAST, 1 / min(ratios)
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if below(middle) else (low, middle)

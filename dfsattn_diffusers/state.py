@@ -128,9 +128,20 @@ class DFSAttnState:
     def begin_forward(self, forward: Forward) -> None:
         if not self._runs:
             self.begin_run(forward.position.num_steps)
+        if forward.position.num_steps != self._runs[-1].num_steps:
+            self._learn_length(forward.position.num_steps)
         self.forward = forward
         self._runs[-1].steps.add(forward.position.step)
         self._stopwatch = Stopwatch(forward.device)
+
+    def _learn_length(self, num_steps: int) -> None:
+        """The run that is on has another number of steps than was known at its start."""
+        self._runs[-1].num_steps = num_steps
+        settings = config_for_steps(self.config, num_steps)
+        if settings != self.settings:
+            # What is kept was made for the others.
+            self.drop_maps()
+            self.settings = settings
 
     def end_forward(self) -> None:
         if self._stopwatch is not None:

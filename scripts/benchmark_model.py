@@ -20,7 +20,7 @@ from video_models import MODELS, TINY, Denoising
 
 from dfsattn_diffusers import enable_dfsattn, list_presets
 from dfsattn_diffusers.configs import resolve_config
-from dfsattn_diffusers.schedule import config_for_steps, decide
+from dfsattn_diffusers.schedule import decisions
 
 # Dense baselines: diffusers' attention backend, and whether padding is trimmed first.
 BASELINES = {
@@ -36,11 +36,7 @@ TINY_CHANGES = dict(
 
 def config_of(preset, tiny):
     """The preset as it is, or at sizes that suit models of no size."""
-    config = resolve_config(preset)
-    if not tiny:
-        return config
-    pool = config.residual_pool and TINY_CHANGES["query_block"]
-    return config.replace(**TINY_CHANGES, residual_pool=pool)
+    return resolve_config(preset, **TINY_CHANGES if tiny else {})
 
 
 def baseline(run, name):
@@ -95,16 +91,10 @@ def gate(run, changes):
 
 def plan(config, steps):
     """What each step does: "dense", or "refresh 0.3", "reuse 0.3", as the schedule decides."""
-    kinds, cached, config = [], None, config_for_steps(config, steps)
-    for step in range(steps):
-        # Layer -1 is no dense layer of any config.
-        decision = decide(step, steps, -1, config, video_tokens=10**9, cached_segment=cached)
-        if decision.mode == "dense":
-            kinds.append("dense")
-            continue
-        cached = decision.segment
-        kinds.append(f"{decision.mode} {decision.keep_ratio:g}")
-    return kinds
+    return [
+        "dense" if now.mode == "dense" else f"{now.mode} {now.keep_ratio:g}"
+        for now in decisions(config, steps)
+    ]
 
 
 def warm_ups(kinds):
@@ -180,10 +170,11 @@ def profile(run, config, steps):
     if torch.cuda.is_available():
         activities = [torch.profiler.ProfilerActivity.CUDA]
     order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    sparse = [kind for kind in ("refresh", "reuse") if kind in kinds]
     with enable_dfsattn(run, config):
-        run.step(kinds.index("refresh"))
-        run.step(kinds.index("reuse"))
-        for kind in ("refresh", "reuse"):
+        for kind in sparse:
+            run.step(kinds.index(kind))
+        for kind in sparse:
             with torch.profiler.profile(activities=activities) as profiler:
                 run.step(kinds.index(kind))
             averages = profiler.key_averages()

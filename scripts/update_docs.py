@@ -16,7 +16,7 @@ from fidelity_report import HEADER, drawing, groups, rows_of, title_of, usual_st
 
 from dfsattn_diffusers import list_presets
 from dfsattn_diffusers.configs import resolve_config
-from dfsattn_diffusers.schedule import nominal_cost, steps_of
+from dfsattn_diffusers.schedule import LEAST_DENSE_INTERVAL, nominal_cost, steps_of
 
 ROOT = Path(__file__).parent.parent
 STEPS = 50
@@ -56,8 +56,7 @@ def dense_steps(config):
         return f"first {start}"
     if config.refreshes is None:
         return f"first {start}, then {len(config.keep_ratios) - 1} more"
-    ordinal = {2: "2nd", 3: "3rd"}.get(interval, f"{interval}th")
-    return f"first {start}, then every {ordinal}"
+    return f"first {start}, then every {max(interval, LEAST_DENSE_INTERVAL)}th"
 
 
 def residuals_of(config):

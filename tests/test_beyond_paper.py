@@ -172,9 +172,13 @@ def test_a_cost_is_met(preset, cost):
     start = resolve_config(preset)
     config = config_for_cost(start, cost)
     assert nominal_cost(config) == pytest.approx(cost, abs=1e-6)
-    scaled = ("dense_fraction", "keep_ratios", "refresh_interval")
+    scaled = ("dense_fraction", "keep_ratios", "refresh_interval", "few_step_ratios")
     assert config.replace(**{name: getattr(start, name) for name in scaled}) == start
     assert (config.dense_fraction < start.dense_fraction) == (cost < nominal_cost(start))
+    if start.few_step_ratios is not None:
+        # Its dense step and the tail take an eighth and a little more.
+        met = max(cost, 1 / 8 + 7 / 8 / 32)
+        assert nominal_cost(config, 8) == pytest.approx(met, abs=1e-5)
 
 
 @pytest.mark.parametrize("num_steps", [4, 8, 20, 50])

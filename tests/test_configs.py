@@ -42,6 +42,9 @@ def test_overrides_and_immutability():
     fast = resolve_config("fast", keep_ratios=[0.5])
     assert fast.keep_ratios == fast.few_step_ratios == (0.5,)
     assert resolve_config("fast", keep_ratios=[0.5], few_step_ratios=None).few_step_ratios is None
+    assert resolve_config("fast", dense_fraction=0.5).few_step_ratios is None
+    for preset in list_presets():
+        assert resolve_config(preset, residual_pool=None).residual_rank is None
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.order = "raster"
     assert hash(config) == hash(config.replace(order="hilbert3d"))

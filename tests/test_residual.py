@@ -7,8 +7,10 @@ from test_schedule import modes
 from tiny_pipelines import FAMILIES, run
 
 from dfsattn_diffusers import DFSAttnConfig, enable_dfsattn
+from dfsattn_diffusers.layout import TokenGeometry
 from dfsattn_diffusers.processors.base import LayerProcessor
-from dfsattn_diffusers.schedule import nominal_cost
+from dfsattn_diffusers.schedule import config_for_steps, nominal_cost
+from dfsattn_diffusers.state import DFSAttnState, Forward, Position
 
 SPARSE = DFSAttnConfig(keep_ratios=(0.5, 0.4, 0.3), tile_size=8, query_block=32, key_block=32)
 
@@ -52,6 +54,19 @@ def test_short_runs_follow_ratios_of_their_own(family):
     few, many, again = videos["both"]
     assert torch.equal(few, videos["short"][0]) and torch.equal(many, videos["long"][1])
     assert torch.equal(few, again) and not torch.equal(few, videos["long"][0])
+
+
+def test_a_length_that_is_learnt_late_changes_what_the_run_follows():
+    config = SPARSE.replace(residual_pool=1, few_step_ratios=(0.5, 0.3))
+    state, device = DFSAttnState(config), torch.device("cpu")
+    for num_steps, branch in ((50, "call 0"), (8, "call 1"), (8, "call 0")):
+        position = Position(0, num_steps, branch)
+        geometry = TokenGeometry((2, 3, 4))
+        state.begin_forward(Forward("transformer", position, geometry, None, device))
+        assert state.settings == config_for_steps(config, num_steps)
+        state.end_forward()
+    (only,) = state.report().runs
+    assert only.num_steps == 8
 
 
 @pytest.mark.parametrize("order", ["hilbert3d", CURVES], ids=["one curve", "several"])
@@ -104,6 +119,7 @@ def test_config():
         DFSAttnConfig(residual_pool=32, share_maps_across_branches=True)
     with pytest.raises(ValueError, match="residual_pool must be at least 1; got 0"):
         DFSAttnConfig(residual_pool=0)
-    for wrong in (dict(residual_rank=3, residual_pool=1), dict(residual_rank=4)):
-        with pytest.raises(ValueError, match="residual_rank must be even and needs residual_pool"):
-            DFSAttnConfig(**wrong)
+    even = "residual_rank must be even, 32 at most, and needs residual_pool"
+    for rank, pool in ((3, 1), (34, 1), (4, None)):
+        with pytest.raises(ValueError, match=even):
+            DFSAttnConfig(residual_rank=rank, residual_pool=pool)

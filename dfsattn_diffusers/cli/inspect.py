@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
 
     rows = to_rows(records)
     args.output.mkdir(parents=True, exist_ok=True)
-    write_json(args.output / "recall.json", args, handle.config.to_dict(), rows)
+    write_json(args.output / "recall.json", args, handle.state.settings.to_dict(), rows)
     written = [args.output / "recall.json", *draw(args.output, records, rows)]
     print(f"prompt: {args.prompt}\n{args.steps} steps, preset {args.preset}, seed {args.seed}")
     print(f"{len(records)} sparse calls, {args.queries} query blocks measured in each\n")

@@ -64,11 +64,11 @@ class DFSAttnConfig:
             every layer and branch; 128 takes 1/128. What a CUDA device has no room for raises
             `MemoryError` in the first calls of a run.
         residual_rank: Directions of each head in which the correction is kept, at 4 bits; an even
-            number. None keeps it whole. With 8 of 128 dimensions it takes 1/64.
+            number up to 32. None keeps it whole. With 8 of 128 dimensions it takes 1/64.
         few_step_ratios: Kept shares in runs of fewer than 16 steps, as of distilled models, where
-            dense refreshes would be most of the work: one dense step, a new map in every other one,
-            no correction. Spread over those steps, never rising. None: such runs are like long
-            ones.
+            dense refreshes would be most of the work: one dense step, then a new map in each, no
+            correction, whatever the fields above say. Spread over those steps, never rising. None:
+            such runs are like long ones.
         dense_layers: Indices of layers that stay dense in every step.
         min_tokens: With fewer video tokens than this, attention stays dense.
         share_maps_across_branches: Use the first guidance branch's map for the others too, where
@@ -152,9 +152,10 @@ class DFSAttnConfig:
     def _check_residual(self) -> None:
         if self.residual_rank is not None:
             check_int("residual_rank", self.residual_rank, least=2)
-            if self.residual_rank % 2 or self.residual_pool is None:
+            if self.residual_rank % 2 or self.residual_rank > 32 or self.residual_pool is None:
                 raise ValueError(
-                    "residual_rank must be even and needs residual_pool; got residual_rank "
+                    "residual_rank must be even, 32 at most, and needs residual_pool; got "
+                    "residual_rank "
                     f"{self.residual_rank} and residual_pool {self.residual_pool}."
                 )
         if self.residual_pool is None:

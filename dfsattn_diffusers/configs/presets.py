@@ -10,33 +10,34 @@ from .config import DFSAttnConfig
 
 DEFAULT_PRESET = "balanced"
 
-# Below about 4,000 tokens dense attention is too short for sparsity to pay.
+# Every refresh is dense: few dense steps at the start, and more of them later on. Below about 4,000
+# tokens dense attention is too short for sparsity to pay.
 _BEYOND: dict[str, Any] = dict(
     order=("hilbert3d", "hilbert2d", "hilbert_fw", "hilbert_fh"),
     tail="mean", tail_pool=32, budget="layer", selection="error", residual_pool=1,
-    residual_rank=8, min_tokens=4096,
+    residual_rank=8, refreshes=99, min_tokens=4096,
 )  # fmt: skip
-# Every refresh is dense: few dense steps at the start, and more of them later on.
-_OFTEN: dict[str, Any] = dict(_BEYOND, refreshes=99)
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "quality": dict(
-        _OFTEN, dense_fraction=0.12, keep_ratios=(0.2,), refresh_interval=0.08,
+        _BEYOND, dense_fraction=0.12, keep_ratios=(0.2,), refresh_interval=0.08,
         few_step_ratios=(0.5, 0.4, 0.3),
     ),
     "balanced": dict(
-        _OFTEN, dense_fraction=0.1, keep_ratios=(0.1,), refresh_interval=0.1,
+        _BEYOND, dense_fraction=0.1, keep_ratios=(0.1,), refresh_interval=0.1,
         few_step_ratios=(0.3, 0.2, 0.15),
     ),
     "fast": dict(
-        _OFTEN, dense_fraction=0.12, keep_ratios=(0.1,), refresh_interval=0.16,
+        _BEYOND, dense_fraction=0.12, keep_ratios=(0.1,), refresh_interval=0.16,
         few_step_ratios=(0.22, 0.16, 0.12),
     ),
     "turbo": dict(
-        _OFTEN, dense_fraction=0.06, keep_ratios=(0.05,), refresh_interval=0.2,
+        _BEYOND, dense_fraction=0.06, keep_ratios=(0.05,), refresh_interval=0.2,
         few_step_ratios=(0.15, 0.1, 0.06),
     ),
 }  # fmt: skip
+# What `few_step_ratios` stands in for, but for `keep_ratios`.
+_SCHEDULE = {"dense_fraction", "refreshes", "refresh_interval", "residual_pool", "residual_rank"}
 
 
 def list_presets() -> tuple[str, ...]:
@@ -52,7 +53,10 @@ def resolve_config(
     Args:
         config: A config, a mapping of its fields, a preset's name, or the path of a JSON or YAML
             file. A string with a config file's ending is a path, any other a preset.
-        **overrides: Fields that replace those of `config`.
+        **overrides: Fields that replace those of `config`. On a preset's, `keep_ratios` holds in
+            short runs as well, other fields of the schedule make short runs follow the long one,
+            both unless `few_step_ratios` is among them; and `residual_pool=None` needs no
+            `residual_rank=None` beside it.
 
     Raises:
         ValueError: The preset or a field is unknown, or a value is out of range.
@@ -66,12 +70,22 @@ def resolve_config(
         resolved = DFSAttnConfig.load(config)
     elif config in _PRESETS:
         resolved = DFSAttnConfig(**_PRESETS[config])
+        overrides = _implied(resolved, overrides) | overrides
     else:
         raise ValueError(
             f"Unknown preset {config!r}; known presets are {', '.join(_PRESETS)}. A config file "
             "needs the ending .json, .yaml or .yml."
         )
-    if "keep_ratios" in overrides and resolved.few_step_ratios is not None:
-        # Who names ratios means those of any run.
-        overrides = {"few_step_ratios": overrides["keep_ratios"], **overrides}
     return resolved.replace(**overrides) if overrides else resolved
+
+
+def _implied(preset: DFSAttnConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides that go with others."""
+    implied: dict[str, Any] = {}
+    if preset.few_step_ratios is not None and "keep_ratios" in overrides:
+        implied["few_step_ratios"] = overrides["keep_ratios"]
+    if _SCHEDULE & set(overrides):
+        implied["few_step_ratios"] = None
+    if overrides.get("residual_pool", ...) is None:
+        implied["residual_rank"] = None
+    return implied

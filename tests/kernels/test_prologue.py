@@ -288,6 +288,24 @@ def test_curve_order_with_tiles(family, device, dtype):
         assert_close(pooled.cpu(), *pools, largest=x.abs().max().item())
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tile", [16, 32])
+def test_tiles_alone(family, device, tile):
+    """Larger ones than a step holds are summed in memory."""
+    case = family(torch.float16)
+    blocks = dict(tile_size=tile, query_block=tile, key_block=tile)
+    layout = TokenLayout.build(case.geometry, order="hilbert2d", **blocks)
+    options = dict(tile_lengths=layout.lengths(tile))
+    got = kernel(
+        pool_qk, *case.arguments(device), layout.target().to(device),
+        tile_lengths=options["tile_lengths"].to(device),
+    )  # fmt: skip
+    eager = reference(*case.arguments(), layout.target(), **options)
+    exact = reference(*case.arguments("cpu", torch.float64), layout.target(), **options)
+    tiles = replace(eager, q_tiles=got[0].cpu(), k_tiles=got[1].cpu())
+    assert_same(tiles, eager, exact)
+
+
 def own_slots(source, heads, make):
     """`[B, H, N]`, an order for each batch row and head, padding where `source` has it."""
     real = torch.nonzero(source >= 0).flatten().to(torch.int32)

@@ -13,7 +13,7 @@ Mode = Literal["dense", "refresh", "reuse"]
 # Steps between refreshes that are dense as well: closer ones would be most of a short run.
 LEAST_DENSE_INTERVAL = 4
 # Runs of fewer steps than this are short ones.
-FEW_STEPS = 16
+FEW_STEPS = 12
 # That stands for them where a cost is to be met.
 _SHORT_RUN = 8
 # Factor of a config of nearly no cost.

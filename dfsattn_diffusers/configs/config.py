@@ -65,7 +65,7 @@ class DFSAttnConfig:
             `MemoryError` in the first calls of a run.
         residual_rank: Directions of each head in which the correction is kept, at 4 bits; an even
             number up to 32. None keeps it whole. With 8 of 128 dimensions it takes 1/64.
-        few_step_ratios: Kept shares in runs of fewer than 16 steps, as of distilled models, where
+        few_step_ratios: Kept shares in runs of fewer than 12 steps, as of distilled models, where
             dense refreshes would be most of the work: one dense step, then a new map in each, no
             correction, whatever the fields above say. Spread over those steps, never rising. None:
             such runs are like long ones.

@@ -69,15 +69,19 @@ def segment_of(step: int, num_steps: int, config: DFSAttnConfig) -> int:
     """Index of the map that is due in a step, counted from 0; -1 in the dense part."""
     dense = steps_of(config.dense_fraction, num_steps)
     since_dense = step - dense
-    interval = steps_of(config.refresh_interval, num_steps)
     if config.residual_pool is not None:
-        # A refresh is dense as well: the last dense step serves, and short runs have few of them.
+        # A refresh is dense as well: the last dense step serves.
         since_dense += 0 < dense < num_steps
-        interval = max(interval, LEAST_DENSE_INTERVAL)
     if since_dense < 0:
         return -1
     refreshes = config.refreshes or len(config.keep_ratios)
-    return min(since_dense // interval, refreshes - 1)
+    return min(since_dense // interval_of(config, num_steps), refreshes - 1)
+
+
+def interval_of(config: DFSAttnConfig, num_steps: int) -> int:
+    """Steps from one refresh to the next."""
+    interval = steps_of(config.refresh_interval, num_steps)
+    return interval if config.residual_pool is None else max(interval, LEAST_DENSE_INTERVAL)
 
 
 def decide(

@@ -16,7 +16,7 @@ from fidelity_report import HEADER, drawing, groups, rows_of, title_of, usual_st
 
 from dfsattn_diffusers import list_presets
 from dfsattn_diffusers.configs import resolve_config
-from dfsattn_diffusers.schedule import LEAST_DENSE_INTERVAL, nominal_cost, steps_of
+from dfsattn_diffusers.schedule import interval_of, nominal_cost, steps_of
 
 ROOT = Path(__file__).parent.parent
 STEPS = 50
@@ -49,14 +49,12 @@ def presets():
 
 
 def dense_steps(config):
-    start, interval = (
-        steps_of(share, STEPS) for share in (config.dense_fraction, config.refresh_interval)
-    )
+    start = steps_of(config.dense_fraction, STEPS)
     if config.residual_pool is None:
         return f"first {start}"
     if config.refreshes is None:
         return f"first {start}, then {len(config.keep_ratios) - 1} more"
-    return f"first {start}, then every {max(interval, LEAST_DENSE_INTERVAL)}th"
+    return f"first {start}, then every {interval_of(config, STEPS)}th"
 
 
 def residuals_of(config):

@@ -62,6 +62,8 @@ def test_overrides_and_immutability():
         (dict(few_step_ratios=()), ValueError, "few_step_ratios must hold at least one value"),
         (dict(few_step_ratios=0.3), TypeError, "few_step_ratios must be a sequence of numbers"),
         (dict(keep_ratios=0.3), TypeError, "keep_ratios must be a sequence of numbers; got 0.3"),
+        (dict(keep_ratios=None), TypeError, "keep_ratios must be a sequence of numbers; got None"),
+        (dict(dense_layers=None), TypeError, "dense_layers must be a sequence"),
         (dict(keep_ratios="0.3"), TypeError, "keep_ratios must be a sequence"),
         (dict(dense_fraction=-0.1), ValueError, r"dense_fraction must lie in \[0, 1\]"),
         (dict(dense_fraction="some"), TypeError, "dense_fraction must be a number"),

@@ -104,9 +104,11 @@ class DFSAttnConfig:
     backend: str = "auto"
 
     def __post_init__(self):
-        for name in ("keep_ratios", "few_step_ratios", "dense_layers"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, as_tuple(name, getattr(self, name)))
+        sequences = ["keep_ratios", "dense_layers"]
+        if self.few_step_ratios is not None:
+            sequences.append("few_step_ratios")
+        for name in sequences:
+            object.__setattr__(self, name, as_tuple(name, getattr(self, name)))
         check_fraction("dense_fraction", self.dense_fraction, zero_allowed=True)
         check_fraction("refresh_interval", self.refresh_interval)
         _check_ratios("keep_ratios", self.keep_ratios)
@@ -155,8 +157,7 @@ class DFSAttnConfig:
             if self.residual_rank % 2 or self.residual_rank > 32 or self.residual_pool is None:
                 raise ValueError(
                     "residual_rank must be even, 32 at most, and needs residual_pool; got "
-                    "residual_rank "
-                    f"{self.residual_rank} and residual_pool {self.residual_pool}."
+                    f"residual_rank {self.residual_rank} and residual_pool {self.residual_pool}."
                 )
         if self.residual_pool is None:
             return

@@ -17,6 +17,12 @@ def fast(name: str, x: Tensor) -> ModuleType | None:
     return _load(name) if torch.cuda.get_device_capability(x.device) >= (8, 0) else None
 
 
+def arch_of(x: Tensor) -> int:
+    """Compute capability of x's GPU, such as 90; on a CPU the one that the interpreter plays."""
+    major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+    return 10 * major + minor
+
+
 @cache
 def _load(name: str) -> ModuleType | None:
     try:

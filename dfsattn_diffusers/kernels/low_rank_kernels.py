@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fast import arch_of
 from .low_rank import MIX, ROUNDS, RUN, SMALLEST, TINY, LowRank
 
 _ROUNDS, _SMALLEST, _TINY = tl.constexpr(ROUNDS), tl.constexpr(SMALLEST), tl.constexpr(TINY)
@@ -171,12 +172,11 @@ def _sum_products(exact: Tensor, out: Tensor, rows: Tensor, lengths: Tensor) -> 
     spans = triton.cdiv(steps, per_span)
     sums = out.new_empty(batch * heads, spans, head_dim, head_dim, dtype=torch.float32)
     where, sizes = _arguments(exact, out, rows, lengths)
-    major, minor = torch.cuda.get_device_capability(out.device) if out.is_cuda else (8, 0)
     with torch.cuda.device_of(out):
         gram_kernel[batch * heads, spans](
             *where, sums, *sizes, per_span * _ROWS, POOL=rows.shape[-1] // lengths.shape[1],
             D=head_dim, ROWS=_ROWS, num_warps=warps(head_dim),
-            num_stages=stages(10 * major + minor),
+            num_stages=stages(arch_of(out)),
         )  # fmt: skip
     return sums
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fast import arch_of
 from .prologue import Norm, Prepared, Rotary, Stream
 
 
@@ -262,10 +263,9 @@ def prologue_kernel(
             )  # fmt: skip
 
 
-def settings_for(capability: tuple[int, int]) -> LaunchSettings:
-    """The table's entry for a device."""
-    major, minor = capability
-    return SETTINGS[max(arch for arch in SETTINGS if arch <= major * 10 + minor)]
+def settings_for(arch: int) -> LaunchSettings:
+    """The table's entry for a compute capability."""
+    return SETTINGS[max(known for known in SETTINGS if known <= arch)]
 
 
 def launch_shape(
@@ -350,8 +350,7 @@ def _launch(
             step = _DTYPES[torch.promote_types(first.q.dtype, cos.dtype)]
 
     if settings is None:
-        here = torch.cuda.get_device_capability(first.q.device) if first.q.is_cuda else (8, 0)
-        settings = settings_for(here)
+        settings = settings_for(arch_of(first.q))
     tile = count // num_tiles if num_tiles else None
     size, tokens, group = launch_shape(heads, head_dim, tile, settings)
     with torch.cuda.device_of(first.q):

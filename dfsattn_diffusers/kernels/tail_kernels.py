@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fast import arch_of
+
 
 @dataclass(frozen=True)
 class LaunchSettings:
@@ -243,8 +245,7 @@ _DTYPES = (torch.float16, torch.float32) if _INTERPRETED else (torch.bfloat16, t
 
 def settings_for(x: Tensor) -> LaunchSettings:
     """The table's entry for x's device."""
-    major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
-    return SETTINGS[max(arch for arch in SETTINGS if arch <= major * 10 + minor)]
+    return SETTINGS[max(known for known in SETTINGS if known <= arch_of(x))]
 
 
 def pools_per_step(

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fast import arch_of
+
 
 @dataclass(frozen=True)
 class LaunchSettings:
@@ -127,8 +129,7 @@ def score_kernel(
 
 def settings_for(x: Tensor) -> LaunchSettings:
     """The table's entry for x's device."""
-    major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
-    return SETTINGS[max(arch for arch in SETTINGS if arch <= major * 10 + minor)]
+    return SETTINGS[max(known for known in SETTINGS if known <= arch_of(x))]
 
 
 def can_score(query_tiles: Tensor, tiles_per_query_block: int, tiles_per_key_block: int) -> bool:

@@ -149,7 +149,6 @@ def whole(make, shape):
     return torch.randint(-15, 16, shape, generator=make).float()
 
 
-
 @pytest.mark.parametrize("rank", [2, 8])
 @pytest.mark.parametrize("device", DEVICES)
 def test_codes_of_exact_coefficients_are_the_same_bits(device, rank, monkeypatch):

@@ -295,13 +295,11 @@ def test_tiles_alone(family, device, tile):
     case = family(torch.float16)
     blocks = dict(tile_size=tile, query_block=tile, key_block=tile)
     layout = TokenLayout.build(case.geometry, order="hilbert2d", **blocks)
-    options = dict(tile_lengths=layout.lengths(tile))
-    got = kernel(
-        pool_qk, *case.arguments(device), layout.target().to(device),
-        tile_lengths=options["tile_lengths"].to(device),
-    )  # fmt: skip
-    eager = reference(*case.arguments(), layout.target(), **options)
-    exact = reference(*case.arguments("cpu", torch.float64), layout.target(), **options)
+    source, lengths = layout.target(), layout.lengths(tile)
+    arguments = *case.arguments(device), source.to(device)
+    got = kernel(pool_qk, *arguments, tile_lengths=lengths.to(device))
+    eager = reference(*case.arguments(), source, tile_lengths=lengths)
+    exact = reference(*case.arguments("cpu", torch.float64), source, tile_lengths=lengths)
     tiles = replace(eager, q_tiles=got[0].cpu(), k_tiles=got[1].cpu())
     assert_same(tiles, eager, exact)
 

@@ -41,7 +41,7 @@ def compile_call(arch, norm, head_dim, heads, two, asked):
 
     settings = prologue_kernels.ALONE
     if "rows" in asked:
-        settings = prologue_kernels.settings_for(divmod(arch, 10))
+        settings = prologue_kernels.settings_for(arch)
     tile = 16 if "tiles" in asked else None
     slots, tokens, group = prologue_kernels.launch_shape(heads, head_dim, tile, settings)
     constants = dict(

@@ -17,6 +17,12 @@ ON_CUDA = (
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
 )
+# Devices and dtypes: the interpreter multiplies bf16 matrices wrongly, and cuts bf16 off where a
+# GPU rounds it.
+RUNS = [("cpu", torch.float32), ("cpu", torch.float16)] + [
+    pytest.param("cuda", dtype, marks=ON_CUDA)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+]
 # Logits that a reference has in memory at a time: about 1 GB of float64 with all made from them.
 PART_LOGITS = 2**24
 

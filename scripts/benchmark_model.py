@@ -30,7 +30,7 @@ BASELINES = {
 }
 # Reaches less than the presets' `min_tokens`, blocks that suit it, and few steps like many.
 TINY_CHANGES = dict(
-    min_tokens=0, tile_size=8, query_block=32, key_block=32, few_step_ratios=None
+    min_tokens=0, tile_size=8, query_block=32, key_block=32, tail_pool=16, few_step_ratios=None
 )  # fmt: skip
 
 
@@ -105,6 +105,7 @@ def warm_ups(kinds):
 
 def sample(run, preset, config, steps, record):
     """Time the first step of each kind, in order, until there are enough samples of all."""
+    record.follow(preset, config.to_dict())
     kinds = plan(config, steps)
     first = {kind: kinds.index(kind) for kind in kinds}
     keys = {kind: f"ours {kind}" if kind == "dense" else f"{preset} {kind}" for kind in first}

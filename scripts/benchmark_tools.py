@@ -61,6 +61,17 @@ class Record:
     def lacks(self, key):
         return len(self.data["ms"].get(key, ())) < self._iterations
 
+    def follow(self, name, settings):
+        """Drop what was measured under this name with other settings."""
+        known = self.data.setdefault("settings", {})
+        if known.get(name) == settings:
+            return
+        known[name] = settings
+        ms = self.data["ms"]
+        self.data["ms"] = {key: ms[key] for key in ms if not key.startswith(f"{name} ")}
+        for times in ("composed_s", "whole_run_s"):
+            self.data.get(times, {}).pop(name, None)
+
     def check_time(self):
         if time.monotonic() > self._deadline:
             raise OutOfTime

@@ -38,7 +38,7 @@ def presets():
                 ", ".join(f"{ratio:g}" for ratio in config.keep_ratios),
                 f"{config.query_block} x {config.key_block}",
                 "one" if isinstance(config.order, str) else f"{len(config.order)}, by head",
-                f"mean of {config.tail_pool}" if config.tail else "dropped",
+                f"{config.tail}s of {config.tail_pool}" if config.tail else "dropped",
                 residuals_of(config),
                 f"{nominal_cost(config):.2f}",
                 f"{measured[name]:.1f} dB" if name in measured else "",
@@ -91,26 +91,38 @@ def kernels():
 
 
 def kernel_table(data):
-    rows = [
+    """One line for each problem, one column for each kernel."""
+    kernels = list(dict.fromkeys(row["kernel"] for row in data["rows"] if row["density"] < 1))
+    lines, dense, errors = {}, {}, {}
+    for row in data["rows"]:
+        maps = row.get("maps", "even")
+        if row["kernel"] not in kernels:
+            dense[row["shape"], maps] = row  # of the densities that follow
+            continue
+        where = row["shape"], f"{row['density']:.1f}", maps
+        lines.setdefault(where, {"dense": dense[row["shape"], maps]})[row["kernel"]] = row
+        if row.get("error") is not None:
+            errors[row["kernel"]] = max(errors.get(row["kernel"], 0), row["error"])
+    table = [
         [
-            " x ".join(f"{size:,}" for size in data["shapes"][row["shape"]]),
-            f"{row['density']:.2g}" + (", uneven" if row.get("maps") == "uneven" else ""),
-            row["kernel"],
-            f"{row['ms']:.1f}",
-            f"{row['tflops']:.0f}",
+            " x ".join(f"{size:,}" for size in data["shapes"][shape]),
+            density + (", uneven" if maps == "uneven" else ""),
+            *(
+                f"{rows[name]['tflops']:.0f} ({rows[name]['ms']:.1f})" if name in rows else "-"
+                for name in ("dense", *kernels)
+            ),
         ]
-        for row in data["rows"]
+        for (shape, density, maps), rows in lines.items()
     ]
-    header = ["heads x tokens x head dim", "density", "kernel", "ms", "TFLOP/s"]
-    note = "Random maps; TFLOP/s count kept work only."
-    errors = [row.get("error") for row in data["rows"]]
-    # Older files have none.
-    if any(error is not None for error in errors):
-        header.append("error")
-        note += " Errors are relative to float32, Frobenius, over the query blocks compared."
-        for row, error in zip(rows, errors):
-            row.append("-" if error is None else f"{error:.2%}")
-    return f"{about(data)} {note}\n\n{markdown(header, rows)}"
+    header = ["heads x tokens x head dim", "density", "dense cuDNN (SDPA)", *kernels]
+    note = "Random maps; TFLOP/s of kept work, and ms."
+    if errors:  # older files have none
+        listed = "; ".join(f"{name} {error:.2%}" for name, error in errors.items())
+        note += (
+            " Largest errors relative to float32, Frobenius, over the query blocks compared: "
+            f"{listed}."
+        )
+    return f"{about(data)} {note}\n\n{markdown(header, table)}"
 
 
 def prologue():
@@ -141,7 +153,7 @@ def fidelity():
         return "Not measured yet: there is no `benchmarks/fidelity.json`."
     machine, settings = data["machine"], data["settings"]
     about = (
-        f"One {machine['gpu']}, torch {machine['torch']}, diffusers {machine['diffusers']}, "
+        f"{machine['gpu']}, torch {machine['torch']}, diffusers {machine['diffusers']}, "
         f"guidance {settings['guidance']:g}; {usual_steps(data)} steps where the name does not say "
         "otherwise. PSNR in dB and SSIM to the dense clip of the same seed, mean over cases; "
         "`worst` is the lowest PSNR of a case; `to the paper` is the mean paired difference in dB, "
@@ -160,20 +172,24 @@ def models():
     if not path.exists():
         return "Not measured yet."
     data = json.loads(path.read_text())
-    gpus = {f"One {x['gpu']}, torch {x['torch']}, triton {x['triton']}" for x in data.values()}
+    software = {f"torch {x['torch']}, triton {x['triton']}" for x in data.values()}
     rows = []
     for name, record in data.items():
         for preset, seconds in record.get("composed_s", {}).items():
+            settings = record["settings"].get(preset)
+            if settings is None or resolve_config(settings) != resolve_config(preset):
+                continue  # another preset of that name
             ours = seconds["ours"]
             dense = [
                 f"{seconds[way]:.0f} (x {seconds[way] / ours:.2f})" if way in seconds else ""
                 for way in ("dense, as shipped", "dense", "dense, cuDNN")
             ]
             video = " x ".join(map(str, record["size"]))
-            rows.append([name, video, record["steps"], f"`{preset}`", f"{ours:.0f}", *dense])
-    header = ["model", "frames x height x width", "steps", "preset", "DFSAttn, s"]
+            gpu = record["gpu"].removeprefix("NVIDIA ")
+            rows.append([name, video, record["steps"], gpu, f"`{preset}`", f"{ours:.0f}", *dense])
+    header = ["model", "frames x height x width", "steps", "GPU", "preset", "DFSAttn, s"]
     header += ["dense as shipped, s", "dense, s", "dense cuDNN, s"]
-    return "; ".join(sorted(gpus)) + ".\n\n" + markdown(header, rows)
+    return "; ".join(sorted(software)) + ".\n\n" + markdown(header, rows)
 
 
 # Each document's tables, by the name of the marks around them.

@@ -281,18 +281,24 @@ def test_prologue_rows_outlive_a_failure_and_the_fastest_is_named(
         ]
 
 
-def test_the_documents_show_errors_where_there_are_any(load):
+def test_the_documents_have_a_line_for_each_problem(load):
     docs = load("update_docs")
     data = dict.fromkeys(MACHINE, "1") | dict(dtype="bfloat16", iterations=7)
     row = dict(shape="wan-720p", density=0.2, ms=45.58, tflops=513.0)
-    dense, fp8 = row | dict(kernel="dense"), row | dict(kernel="fp8", maps="uneven", error=0.0531)
-    data |= dict(shapes={"wan-720p": [40, 75_600, 128]}, rows=[dense])
+    dense, ours = row | dict(kernel="dense", density=1), row | dict(kernel="ours")
+    data |= dict(shapes={"wan-720p": [40, 75_600, 128]}, rows=[dense, ours])
     about, _, header, _, line = docs.kernel_table(data).splitlines()
-    assert header.endswith("| ms | TFLOP/s |") and "rror" not in about
-    assert line == "| 40 x 75,600 x 128 | 0.2 | dense | 45.6 | 513 |"
+    assert header.endswith("| dense cuDNN (SDPA) | ours |") and "rror" not in about
+    assert line == "| 40 x 75,600 x 128 | 0.2 | 513 (45.6) | 513 (45.6) |"
 
-    data["rows"] = [dense | dict(error=None), dense, fp8]
+    uneven = [x | dict(maps="uneven", tflops=500.0) for x in (dense, ours)]
+    fp8 = row | dict(kernel="fp8", maps="uneven", density=0.21, tflops=700.0, error=0.0531)
+    data["rows"] = [dense, ours | dict(error=0.001), *uneven, fp8, ours | dict(density=0.3)]
     about, _, header, _, *lines = docs.kernel_table(data).splitlines()
-    assert header.endswith("| TFLOP/s | error |") and "Errors are relative" in about
-    assert lines[0] == lines[1] == "| 40 x 75,600 x 128 | 0.2 | dense | 45.6 | 513 | - |"
-    assert lines[2] == "| 40 x 75,600 x 128 | 0.2, uneven | fp8 | 45.6 | 513 | 5.31% |"
+    assert header.endswith("| ours | fp8 |")
+    assert about.endswith("compared: ours 0.10%; fp8 5.31%.")
+    assert lines == [
+        "| 40 x 75,600 x 128 | 0.2 | 513 (45.6) | 513 (45.6) | - |",
+        "| 40 x 75,600 x 128 | 0.2, uneven | 500 (45.6) | 500 (45.6) | 700 (45.6) |",
+        "| 40 x 75,600 x 128 | 0.3 | 513 (45.6) | 513 (45.6) | - |",
+    ]

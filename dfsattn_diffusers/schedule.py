@@ -53,12 +53,14 @@ def config_for_steps(config: DFSAttnConfig, num_steps: int) -> DFSAttnConfig:
     ratios = config.few_step_ratios
     if ratios is None or num_steps >= FEW_STEPS:
         return config
-    sparse = max(1, num_steps - 1)
+    spread = [ratios[step * len(ratios) // num_steps] for step in range(num_steps)]
+    dense = spread.count(1.0)
     return config.replace(
-        dense_fraction=1 / num_steps,
-        keep_ratios=[ratios[step * len(ratios) // sparse] for step in range(sparse)],
+        dense_fraction=dense / num_steps,
+        keep_ratios=spread[dense:] or [1.0],
         refreshes=None,
         refresh_interval=1 / num_steps,
+        share_maps_across_branches=True,
         residual_pool=None,
         residual_rank=None,
         few_step_ratios=None,
@@ -146,8 +148,7 @@ def config_for_cost(config: DFSAttnConfig, cost: float, num_steps: int = 50) -> 
     Args:
         config: Where to start from. `dense_fraction`, `keep_ratios` and `few_step_ratios` change,
             and where refreshes are dense and go on to the end of the run, `refresh_interval`; all
-            else stays. `few_step_ratios` are made to meet the cost in a run of 8 steps, as far as
-            its dense step lets them.
+            else stays. `few_step_ratios` are made to meet the cost in a run of 8 steps.
         cost: Attention work relative to dense over a run; in (0, 1].
         num_steps: Steps of that run.
 

@@ -184,11 +184,11 @@ class DFSAttnState:
             like: `[B, rows, H, D]` of the outputs' dtype and device.
         """
         forward, config = self._require_forward(), self.settings
-        geometry, branch = forward.geometry, forward.position.branch
+        geometry = forward.geometry
         if config.residual_pool is None or geometry.video_tokens < config.min_tokens:
             return
         held = (cached.kept.residual for cached in self._maps.values())
-        self.residuals.enter(forward.model, branch, geometry, like, held)
+        self.residuals.enter(forward.model, self._branch, geometry, like, held)
 
     def note_dense(self, reason: str) -> None:
         self._runs[-1].modes["dense"] += 1
@@ -227,9 +227,13 @@ class DFSAttnState:
         geometry = self.forward.geometry
         self._maps[self._key(layer)] = _Cached(segment, batch, geometry, kept, use)
 
+    @property
+    def _branch(self) -> str:
+        shared = self.settings.share_maps_across_branches
+        return "" if shared else self.forward.position.branch
+
     def _key(self, layer: int) -> tuple[str, int, str]:
-        branch = "" if self.settings.share_maps_across_branches else self.forward.position.branch
-        return self.forward.model, layer, branch
+        return self.forward.model, layer, self._branch
 
     def _cached(self, layer: int, batch: int) -> _Cached | None:
         cached = self._maps.get(self._key(layer))

@@ -54,7 +54,12 @@ class Benchmark:
     def run(self):
         """Do what is missing until the time is over; tells if all is done."""
         start, longest = time.perf_counter(), 0.0
-        units = list(product(self.args.variants, self.witnesses, self.args.grids))
+        places = [
+            (name, grid)
+            for name, witness in self.witnesses.items()
+            for grid in self.args.grids or witness.family.grids
+        ]
+        units = [(variant, *place) for variant, place in product(self.args.variants, places)]
         for number, (variant, witness, grid) in enumerate(units, 1):
             entry = self._entry(variant, witness, grid)
             while entry and len(entry["cases"]) < self.args.cases:
@@ -215,9 +220,8 @@ def parse_arguments(argv):
         "--grids",
         nargs="+",
         type=parse_grid,
-        default=[(17, 32, 32), (17, 23, 31)],
         metavar="FxHxW",
-        help="tokens; by default 17,408 of the training's largest size and 12,121 of an odd one",
+        help="tokens; by default those of the training's largest clips, and an awkward grid",
     )
     add("--cases", type=int, default=8, help="pairs of prompt and seed")
     add("--batch", type=int, default=8, help="cases in one call")

@@ -40,10 +40,20 @@ def _few(steps, **changes):
 _MEAN = dict(tail="mean", tail_pool=32, budget="layer", selection="error")
 _MOMENT = dict(_MEAN, tail="moment")
 _BEST = dict(_MEAN, key_block=64)
+_SHARED = dict(share_maps_across_branches=True)
 # A curve for each head.
 _CURVES = dict(order=("hilbert3d", "hilbert2d", "hilbert_fw", "hilbert_fh"))
 _HEADS = dict(_MEAN, **_CURVES)
 _HEADS_64 = dict(_BEST, **_CURVES)
+# The finest blocks, and the coarsest pools.
+_FINE = dict(_HEADS_64, **_SHARED, query_block=64, tile_size=8, tail_pool=64)
+# What the presets had before moments.
+_MEANS = dict(tail="mean", tail_pool=32)
+_PRESETS = ("quality", "balanced", "fast", "turbo")
+
+
+def _preset(name, **changes):
+    return _ours(name, min_tokens=0, **changes)
 
 
 def _residual(pool, dense_fraction=0.06, interval=0.08, keep=0.1, **changes):
@@ -55,25 +65,51 @@ def _residual(pool, dense_fraction=0.06, interval=0.08, keep=0.1, **changes):
     return _ours(**config | changes)
 
 
-def _few_residual(steps, keep, refreshes, interval=0.25, **changes):
-    config = dict(
-        _HEADS, residual_pool=1, keep_ratios=(keep,), refreshes=refreshes,
-        refresh_interval=interval,
-    )  # fmt: skip
-    return _few(steps, **config | changes)
+def _least(keep, interval=0.32, pool=1, **changes):
+    """At about 0.42 of the paper's cost."""
+    return _residual(pool, 0.04, interval, keep, **dict(tail_pool=64) | changes)
 
 
-def _fresh(steps, ratios, **changes):
+_RANK_8 = dict(residual_rank=8)
+_MOMENT_8 = dict(_RANK_8, tail="moment")
+
+
+def _fresh(steps, ratios, base=_HEADS_64, **changes):
     """A few-step run with new maps in every step."""
-    config = dict(_HEADS_64, keep_ratios=ratios, refresh_interval=1 / steps)
-    return _few(steps, **config | changes)
+    return _few(steps, **base | dict(keep_ratios=ratios, refresh_interval=1 / steps) | changes)
 
 
-# Kept shares of 8, 7 and 3 sparse steps, at the paper's cost.
+def _no_dense(steps, ratios, **changes):
+    return _fresh(steps, ratios, dense_fraction=0, **changes)
+
+
+# Kept shares of 8, 7, 4 and 3 sparse steps, near the paper's cost.
 _STEEPEST = (0.8, 0.4, 0.25, 0.18, 0.14, 0.12, 0.1, 0.1)
-_STEEP = (0.35, 0.24, 0.16, 0.11, 0.08, 0.07, 0.06)
+_SMOOTH = (0.8, 0.5, 0.32, 0.22, 0.15, 0.1, 0.08, 0.06)
+_SMOOTHER = (0.78, 0.48, 0.3, 0.21, 0.14, 0.09, 0.075, 0.055)
 _SLOPE = (0.25, 0.2, 0.17, 0.14, 0.12, 0.1, 0.09)
+_STEEP = (0.38, 0.26, 0.17, 0.12, 0.1, 0.09, 0.08)
+_FINE_STEEP = (0.36, 0.25, 0.165, 0.115, 0.095, 0.085, 0.075)
+_FOUR = (0.62, 0.43, 0.31, 0.24)
+_FOUR_STEEP = (0.9, 0.34, 0.19, 0.11)
+_FOUR_FLAT = (0.8, 0.34, 0.24, 0.16)
 _GENTLE = (0.22, 0.16, 0.12)
+_FINE_GENTLE = (0.27, 0.165, 0.095)
+
+_RIVALS = (
+    "raster blocks",
+    "sliding window (STA)",
+    "radial decay (Radial)",
+    "cumulative mass (SpargeAttn)",
+    "piecewise (PISA)",
+    "clusters (SVG2)",
+)
+# The paper's schedule, made cheaper and dearer, for the best of them.
+_OTHER_COSTS = {
+    "0.23": dict(dense_fraction=0.12, keep_ratios=(0.18, 0.12, 0.08)),
+    "0.49": dict(dense_fraction=0.34, keep_ratios=(0.3, 0.22, 0.15)),
+}
+_BEST_RIVALS = ("piecewise (PISA)", "raster blocks", "cumulative mass (SpargeAttn)")
 
 
 # In order of importance: a run that is cut has done the first ones.
@@ -81,90 +117,94 @@ VARIANTS = {
     "dense, other kernel": Variant(preset=None),
     "paper": _ours(),
     # The presets as they are.
-    "preset quality": _ours("quality", min_tokens=0),
-    "preset balanced": _ours("balanced", min_tokens=0),
-    "preset fast": _ours("fast", min_tokens=0),
-    "preset turbo": _ours("turbo", min_tokens=0),
-    # With pools' second moments.
-    **{
-        f"preset {name}, moments": _ours(name, min_tokens=0, tail="moment")
-        for name in ("balanced", "fast", "turbo")
-    },
+    **{f"preset {name}": _preset(name) for name in _PRESETS},
     # In short runs.
     **{
         f"preset {name}, {steps} steps": Variant(
             name, dict(min_tokens=0), steps=steps, reference=f"paper, {steps} steps"
         )
         for steps in (8, 4)
-        for name in ("balanced", "fast", "turbo")
-    },
-    # Their residuals kept in other ways.
-    **{
-        f"preset {name}, rank 4": _ours(name, min_tokens=0, residual_rank=4)
-        for name in ("balanced", "fast", "turbo")
-    },
-    **{
-        f"preset {name}, residuals of 64": _ours(
-            name, min_tokens=0, residual_pool=64, residual_rank=None
-        )
-        for name in ("quality", "balanced", "fast", "turbo")
+        for name in _PRESETS
     },
     # At 0.42 of the paper's cost.
-    "keep 0.04, dense every 16th step, residuals of 1": _residual(
-        1, 0.04, interval=0.32, keep=0.04, tail_pool=64
+    "keep 0.038, dense every 16th step, rank 8, moments": _least(0.038, **_MOMENT_8),
+    "keep 0.04, dense every 16th step, rank 8, moments": _least(0.04, **_MOMENT_8),
+    "keep 0.02, dense every 12th step, rank 8, moments": _least(0.02, 0.24, **_MOMENT_8),
+    "keep 0.04, dense every 16th step, rank 8": _least(0.04, **_RANK_8),
+    "keep 0.04, dense every 16th step, residuals of 1": _least(0.04),
+    "keep 0.04, dense every 16th step, residuals of 32": _least(0.04, pool=32),
+    # One choice of the presets at a time.
+    **{
+        f"preset {name}, shared across branches": _preset(name, **_SHARED)
+        for name in ("fast", "turbo")
+    },
+    "preset turbo, shared, dense every 6th step": _preset(
+        "turbo", **_SHARED, refresh_interval=0.12
     ),
-    "keep 0.04, dense every 16th step, residuals of 32": _residual(
-        32, 0.04, interval=0.32, keep=0.04, tail_pool=64
+    "keep 0.04, dense every 9th step, rank 8, moments, shared": _least(
+        0.04, 0.18, **_MOMENT_8, **_SHARED
     ),
-    "keep 0.04, dense every 16th step, rank 8": _residual(
-        1, 0.04, interval=0.32, keep=0.04, tail_pool=64, residual_rank=8
-    ),
-    # Few-step runs, one dense step.
+    **{f"preset {name}, means of 32": _preset(name, **_MEANS) for name in _PRESETS},
+    **{f"preset {name}, moments of 32": _preset(name, tail_pool=32) for name in _PRESETS[1:]},
+    **{
+        f"preset {name}, means of 32, rank 4": _preset(name, **_MEANS, residual_rank=4)
+        for name in _PRESETS[1:]
+    },
+    **{
+        f"preset {name}, means of 32, residuals of 64": _preset(
+            name, **_MEANS, residual_pool=64, residual_rank=None
+        )
+        for name in _PRESETS
+    },
+    "preset turbo, means of 32, shared across branches": _preset("turbo", **_MEANS, **_SHARED),
+    "preset fast, means of 32, shared across branches": _preset("fast", **_MEANS, **_SHARED),
+    # Few-step runs.
     "paper, 8 steps": _few(8),
-    "best, 8 steps, a curve for each head": _few(8, **_HEADS_64),
-    "best, 8 steps, a curve for each head, 64 x 64": _few(8, **_HEADS_64, query_block=64),
-    "best, 8 steps, a curve for each head, tiles of 8": _few(8, **_HEADS_64, tile_size=8),
-    "best, 8 steps, a curve for each head, means of 16": _few(8, **_HEADS_64 | dict(tail_pool=16)),
-    "best, 8 steps, a curve for each head, keep 0.17": _few(8, **_HEADS_64, keep_ratios=(0.17,)),
-    "8 steps, new maps, keep 0.35 to 0.06": _fresh(8, _STEEP),
+    "8 steps, no dense step, keep 0.78 to 0.055, 64 x 64, moments": _no_dense(
+        8, _SMOOTHER, base=_FINE, tail="moment"
+    ),
+    "8 steps, no dense step, keep 0.8 to 0.06, 64 x 64, moments": _no_dense(
+        8, _SMOOTH, base=_FINE, tail="moment"
+    ),
+    "8 steps, no dense step, keep 0.8 to 0.06, 64 x 64": _no_dense(8, _SMOOTH, base=_FINE),
+    "8 steps, no dense step, keep 0.8 to 0.1": _no_dense(8, _STEEPEST),
+    "8 steps, no dense step, keep 0.8 to 0.1, means of 64": _no_dense(
+        8, _STEEPEST, tail_pool=64
+    ),
+    "8 steps, new maps, keep 0.36 to 0.075, 64 x 64, moments": _fresh(
+        8, _FINE_STEEP, _FINE, tail="moment"
+    ),
+    "8 steps, new maps, keep 0.36 to 0.075, 64 x 64": _fresh(8, _FINE_STEEP, _FINE),
+    "8 steps, new maps, keep 0.38 to 0.08, means of 64": _fresh(8, _STEEP, tail_pool=64),
+    "8 steps, new maps, keep 0.38 to 0.08, means of 64, shared": _fresh(
+        8, _STEEP, tail_pool=64, **_SHARED
+    ),
     "8 steps, new maps, keep 0.25 to 0.09": _fresh(8, _SLOPE),
-    "8 steps, new maps, keep 0.15": _fresh(8, (0.15,) * 7),
+    "8 steps, new maps, keep 0.25 to 0.09, shared": _fresh(8, _SLOPE, **_SHARED),
     "8 steps, new maps, keep 0.25 to 0.09, tiles of 8": _fresh(8, _SLOPE, tile_size=8),
     "8 steps, new maps, keep 0.25 to 0.09, 64 x 64": _fresh(8, _SLOPE, query_block=64),
     "8 steps, new maps, keep 0.25 to 0.09, moments": _fresh(8, _SLOPE, tail="moment"),
-    "8 steps, new maps, keep 0.38 to 0.08, means of 64": _fresh(
-        8, (0.38, 0.26, 0.17, 0.12, 0.1, 0.09, 0.08), tail_pool=64
-    ),
-    "8 steps, no dense step, keep 0.8 to 0.1": _fresh(8, _STEEPEST, dense_fraction=0),
-    "8 steps, no dense step, keep 0.8 to 0.1, means of 64": _fresh(
-        8, _STEEPEST, dense_fraction=0, tail_pool=64
-    ),
-    "8 steps, keep 0.1, rank 8 from the first": _few_residual(8, 0.1, 1, residual_rank=8),
-    "8 steps, keep 0.13, residuals of 1 from the first": _few_residual(8, 0.13, 1),
-    "8 steps, keep 0.02, residuals of 1 from the first and fifth": _few_residual(
-        8, 0.02, 2, 0.5, tail_pool=64
+    "8 steps, keep 0.1, rank 8 from the first": _few(
+        8, **_HEADS, residual_pool=1, residual_rank=8, keep_ratios=(0.1,), refreshes=1
     ),
     "paper, 4 steps": _few(4),
-    "best, 4 steps, a curve for each head": _few(4, **_HEADS_64),
-    "best, 4 steps, a curve for each head, 64 x 64": _few(4, **_HEADS_64, query_block=64),
-    "best, 4 steps, a curve for each head, means of 16": _few(4, **_HEADS_64 | dict(tail_pool=16)),
-    "best, 4 steps, a curve for each head, keep 0.17": _few(4, **_HEADS_64, keep_ratios=(0.17,)),
-    "4 steps, new maps, keep 0.3 to 0.07": _fresh(4, (0.3, 0.14, 0.07)),
+    "4 steps, no dense step, keep 0.9 to 0.11, 64 x 64": _no_dense(4, _FOUR_STEEP, base=_FINE),
+    "4 steps, no dense step, keep 0.9 to 0.11, 64 x 64, moments": _no_dense(
+        4, _FOUR_STEEP, base=_FINE, tail="moment"
+    ),
+    "4 steps, no dense step, keep 0.8 to 0.16, 64 x 64": _no_dense(4, _FOUR_FLAT, base=_FINE),
+    "4 steps, no dense step, keep 0.62 to 0.24, means of 64": _no_dense(4, _FOUR, tail_pool=64),
+    "4 steps, new maps, keep 0.27 to 0.095, 64 x 64": _fresh(4, _FINE_GENTLE, _FINE),
     "4 steps, new maps, keep 0.22 to 0.12": _fresh(4, _GENTLE),
+    "4 steps, new maps, keep 0.22 to 0.12, shared": _fresh(4, _GENTLE, **_SHARED),
     "4 steps, new maps, keep 0.22 to 0.12, tiles of 8": _fresh(4, _GENTLE, tile_size=8),
     "4 steps, new maps, keep 0.22 to 0.12, moments": _fresh(4, _GENTLE, tail="moment"),
     "4 steps, new maps, keep 0.22 to 0.12, mass": _fresh(4, _GENTLE, selection="mass"),
-    "4 steps, new maps, keep 0.28 to 0.1, means of 64": _fresh(4, (0.28, 0.17, 0.1), tail_pool=64),
-    "4 steps, no dense step, keep 0.55 to 0.2": _fresh(
-        4, (0.55, 0.38, 0.28, 0.2), dense_fraction=0
-    ),
-    "4 steps, no dense step, keep 0.62 to 0.24, means of 64": _fresh(
-        4, (0.62, 0.43, 0.31, 0.24), dense_fraction=0, tail_pool=64
-    ),
-    "4 steps, keep 0.12, residuals of 1 from the first": _few_residual(4, 0.12, 1),
     # A curve for each head, and residuals.
     "paper, a curve for each head": _ours(**_CURVES),
+    "paper, shared maps": _ours(**_SHARED),
     "means of 32, layer budget, error, a curve for each head": _ours(**_HEADS),
+    "the same, shared maps": _ours(**_HEADS, **_SHARED),
     "the same, residuals of 128": _ours(**_HEADS, residual_pool=128),
     "the same, residuals of 32": _ours(**_HEADS, residual_pool=32),
     "the same, residuals of 1": _ours(**_HEADS, residual_pool=1),
@@ -176,13 +216,13 @@ VARIANTS = {
     "keep 0.1, dense every 8th step, residuals of 64": _residual(64, interval=0.16),
     "keep 0.05, dense every 6th step, residuals of 64": _residual(64, interval=0.12, keep=0.05),
     "keep 0.05, dense every 10th step, residuals of 1": _residual(1, interval=0.2, keep=0.05),
-    # Other papers' rules, at the paper's cost.
-    "raster blocks": Variant(rival="raster blocks"),
-    "sliding window (STA)": Variant(rival="sliding window (STA)"),
-    "radial decay (Radial)": Variant(rival="radial decay (Radial)"),
-    "cumulative mass (SpargeAttn)": Variant(rival="cumulative mass (SpargeAttn)"),
-    "piecewise (PISA)": Variant(rival="piecewise (PISA)"),
-    "clusters (SVG2)": Variant(rival="clusters (SVG2)"),
+    # Other papers' rules, at the paper's cost, and the best of them at others.
+    **{rival: Variant(rival=rival) for rival in _RIVALS},
+    **{
+        f"{rival}, at {cost}": Variant(changes=changes, rival=rival)
+        for cost, changes in _OTHER_COSTS.items()
+        for rival in _BEST_RIVALS
+    },
     # Towards more than the paper, one step at a time.
     "means of 128": _ours(tail="mean", tail_pool=128),
     "means of 16": _ours(tail="mean", tail_pool=16),

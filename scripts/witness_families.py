@@ -29,6 +29,8 @@ MOST_WORDS = 32  # more than any caption has
 # Nothing was distilled into the guidance embedding: it always sees one value. The pipeline makes
 # 1000 times it in bf16, where the usual 6 becomes 6016: another embedding than in training.
 EMBEDDED_GUIDANCE = 8.0
+# Of each family the tokens of its training's largest clips, and an awkward grid.
+TRAINED_GRID = (17, 32, 32)
 
 
 def _flow(latents, logit):
@@ -66,6 +68,8 @@ class Wan:
     """Flow matching, text by cross-attention, guidance in two calls."""
 
     name, text_tokens = "wan", PROMPT_TOKENS
+    # The pipeline takes even sides alone.
+    grids = TRAINED_GRID, (17, 22, 30)
     transformer_class, scheduler_class = WanTransformer3DModel, UniPCMultistepScheduler
 
     def __init__(self):
@@ -112,6 +116,7 @@ class HunyuanVideo:
     """Flow matching, joint attention with padded text, true guidance in two calls."""
 
     name, text_tokens = "hunyuan_video", JOINT_TEXT_TOKENS
+    grids = TRAINED_GRID, (17, 23, 31)
     transformer_class = HunyuanVideoTransformer3DModel
     scheduler_class = FlowMatchEulerDiscreteScheduler
 
@@ -172,6 +177,7 @@ class CogVideoX:
     """v-prediction of DDIM with zero terminal SNR, joint attention, guidance in one batch."""
 
     name, text_tokens = "cogvideox", JOINT_TEXT_TOKENS
+    grids = TRAINED_GRID, (17, 23, 31)
     transformer_class, scheduler_class = CogVideoXTransformer3DModel, CogVideoXDDIMScheduler
 
     def __init__(self):

@@ -88,17 +88,25 @@ def test_shares_in_whole_steps():
 def test_short_runs_spread_their_ratios_over_new_maps(num_steps):
     config = DFSAttnConfig(
         dense_fraction=0.5, refreshes=99, residual_pool=1, residual_rank=8,
-        few_step_ratios=(0.3, 0.2, 0.1),
+        few_step_ratios=(1, 0.3, 0.2, 0.1),
     )  # fmt: skip
     settings = config_for_steps(config, num_steps)
     if num_steps >= FEW_STEPS:
         assert settings is config
         return
     assert settings.residual_pool is settings.residual_rank is None
-    dense, *sparse = modes(num_steps, settings)
-    assert dense == ("dense", 1.0) and all(mode == "refresh" for mode, _ in sparse)
-    ratios = [ratio for _, ratio in sparse]
-    assert ratios == sorted(ratios, reverse=True) and set(ratios) <= {0.3, 0.2, 0.1}
+    assert settings.share_maps_across_branches
+    run = modes(num_steps, settings)
+    assert all((mode == "dense") == (ratio == 1) and mode != "reuse" for mode, ratio in run)
+    ratios = [ratio for _, ratio in run]
+    assert ratios == sorted(ratios, reverse=True) and set(ratios) <= {1, 0.3, 0.2, 0.1}
     if num_steps == 8:
-        assert ratios == [0.3] * 3 + [0.2] * 2 + [0.1] * 2
-    assert nominal_cost(config, num_steps) == pytest.approx((1 + sum(ratios)) / num_steps)
+        assert ratios == [1] * 2 + [0.3] * 2 + [0.2] * 2 + [0.1] * 2
+    assert nominal_cost(config, num_steps) == pytest.approx(sum(ratios) / num_steps)
+
+
+def test_short_runs_need_no_dense_step():
+    settings = config_for_steps(DFSAttnConfig(few_step_ratios=(0.8, 0.2)), 4)
+    assert modes(4, settings) == [("refresh", 0.8)] * 2 + [("refresh", 0.2)] * 2
+    only = config_for_steps(DFSAttnConfig(few_step_ratios=(1,)), 4)
+    assert modes(4, only) == [("dense", 1.0)] * 4

@@ -66,13 +66,15 @@ class DFSAttnConfig:
         residual_rank: Directions of each head in which the correction is kept, at 4 bits; an even
             number up to 32. None keeps it whole. With 8 of 128 dimensions it takes 1/64.
         few_step_ratios: Kept shares in runs of fewer than 12 steps, as of distilled models, where
-            dense refreshes would be most of the work: one dense step, then a new map in each, no
-            correction, whatever the fields above say. Spread over those steps, never rising. None:
-            such runs are like long ones.
+            dense refreshes would be most of the work: spread over the steps, never rising, 1 for a
+            dense one; a new map in each, shared across branches, and no correction, whatever other
+            fields say. None: such runs are like long ones.
         dense_layers: Indices of layers that stay dense in every step.
         min_tokens: With fewer video tokens than this, attention stays dense.
-        share_maps_across_branches: Use the first guidance branch's map for the others too, where
-            branches are separate calls. Saves refreshes and memory, follows the prompt less well.
+        share_maps_across_branches: Use the first guidance branch's map, and its correction if there
+            is one, for the others too, where branches are separate calls. Their errors are alike
+            then, and guidance, a difference, lets less of them through; refreshes, the dense ones
+            above all, are had at the price of one branch. A correction is less close so.
         precision: Of the kept blocks' products: "full", that of the model, or "fp8" (e4m3, on sm89
             and sm90), which is faster and less exact.
         backend: Kernel: "auto" or a name from `dfsattn_diffusers.kernels.list_backends()`.
@@ -166,11 +168,6 @@ class DFSAttnConfig:
             raise ValueError(
                 f"residual_pool must divide query_block; got residual_pool {self.residual_pool} "
                 f"and query_block {self.query_block}."
-            )
-        if self.share_maps_across_branches:
-            raise ValueError(
-                "residual_pool needs dense attention in every branch, which maps that are shared "
-                "across branches save; set share_maps_across_branches=False or residual_pool=None."
             )
 
     def _check_blocks(self) -> None:

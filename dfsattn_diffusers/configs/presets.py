@@ -14,26 +14,26 @@ DEFAULT_PRESET = "balanced"
 # tokens dense attention is too short for sparsity to pay.
 _BEYOND: dict[str, Any] = dict(
     order=("hilbert3d", "hilbert2d", "hilbert_fw", "hilbert_fh"),
-    tail="mean", tail_pool=32, budget="layer", selection="error", residual_pool=1,
+    tail="moment", tail_pool=64, budget="layer", selection="error", residual_pool=1,
     residual_rank=8, refreshes=99, min_tokens=4096,
 )  # fmt: skip
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "quality": dict(
         _BEYOND, dense_fraction=0.12, keep_ratios=(0.2,), refresh_interval=0.08,
-        few_step_ratios=(0.5, 0.4, 0.3),
+        few_step_ratios=(1, 0.8, 0.55, 0.4, 0.3, 0.24, 0.2, 0.16),
     ),
     "balanced": dict(
         _BEYOND, dense_fraction=0.1, keep_ratios=(0.1,), refresh_interval=0.1,
-        few_step_ratios=(0.3, 0.2, 0.15),
+        few_step_ratios=(0.9, 0.58, 0.38, 0.26, 0.18, 0.13, 0.1, 0.08),
     ),
     "fast": dict(
         _BEYOND, dense_fraction=0.12, keep_ratios=(0.1,), refresh_interval=0.16,
-        few_step_ratios=(0.22, 0.16, 0.12),
+        few_step_ratios=(0.75, 0.45, 0.28, 0.19, 0.13, 0.1, 0.08, 0.06),
     ),
     "turbo": dict(
         _BEYOND, dense_fraction=0.06, keep_ratios=(0.05,), refresh_interval=0.2,
-        few_step_ratios=(0.15, 0.1, 0.06),
+        few_step_ratios=(0.6, 0.35, 0.21, 0.14, 0.1, 0.07, 0.055, 0.045),
     ),
 }  # fmt: skip
 # What `few_step_ratios` stands in for, but for `keep_ratios`.

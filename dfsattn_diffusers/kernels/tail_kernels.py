@@ -30,13 +30,16 @@ class LaunchSettings:
     num_stages: int
 
 
-# By compute capability; not yet measured.
+# By compute capability, for means; 80 and 86 are not measured. On an H200, 24 x 119,040 x 128, at
+# density 0.1, 13.0 ms with pools of 32 and 7.6 with 64; 64 pools and 8 warps took 14.2 and 7.9.
 SETTINGS = {
     80: LaunchSettings(32, 8, 2),
     86: LaunchSettings(32, 8, 2),
-    90: LaunchSettings(64, 8, 3),
+    90: LaunchSettings(32, 4, 3),
 }
 SETTINGS |= {89: SETTINGS[86], 100: SETTINGS[80], 120: SETTINGS[86]}
+# For moments.
+MOMENT_SETTINGS = SETTINGS | {90: LaunchSettings(64, 8, 3)}
 
 
 @triton.jit(do_not_specialize=["H", "P", "stride_lengths"])
@@ -115,13 +118,17 @@ def _join(b_q, b_square, b_k, b_v, b_variance, b_weight, b_out, b_max, b_sum, sc
     b_s = tl.dot(b_q, tl.trans(b_k)) * scale_log2 + b_weight[None, :]
     if MOMENT:
         b_spread = tl.sqrt(tl.dot(b_square, tl.trans(b_variance)) * scale) * 1.4426950408889634
-        b_s += b_spread + tl.log2(1.0 + tl.exp2(-2.0 * b_spread)) - 1.0
+        # The upper of a pool's two halves; the other's weight joins below.
+        b_s += b_spread - 1.0
     # [QUERIES]
     b_new = tl.maximum(b_max, tl.max(b_s, 1))
     b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
     b_decay = tl.exp2(b_max - b_shift)
     # [QUERIES, POOLS]
-    b_p = tl.exp2(b_s - b_shift[:, None])
+    b_s -= b_shift[:, None]
+    b_p = tl.exp2(b_s)
+    if MOMENT:
+        b_p += tl.exp2(b_s - 2.0 * b_spread)
     b_sum = b_sum * b_decay + tl.sum(b_p, 1)
     b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None])
     return b_out, b_new, b_sum
@@ -243,9 +250,10 @@ _INTERPRETED = not isinstance(add_kernel, triton.JITFunction)
 _DTYPES = (torch.float16, torch.float32) if _INTERPRETED else (torch.bfloat16, torch.float16)
 
 
-def settings_for(x: Tensor) -> LaunchSettings:
+def settings_for(x: Tensor, moment: bool) -> LaunchSettings:
     """The table's entry for x's device."""
-    return SETTINGS[max(known for known in SETTINGS if known <= arch_of(x))]
+    table = MOMENT_SETTINGS if moment else SETTINGS
+    return table[max(known for known in table if known <= arch_of(x))]
 
 
 def pools_per_step(
@@ -316,10 +324,11 @@ def can_add(call) -> bool:
 
 def add(call) -> None:
     """Let the tail's pools join the call's softmax; `tail.add_tail` says how. Waits for nothing."""
-    block_map, tail, settings = call.block_map, call.tail, settings_for(call.q)
+    block_map, tail, size = call.block_map, call.tail, call.block_map.query_block
     batch, heads, num_queries, head_dim = call.q.shape
     pools, num_rows = tail.keys.shape[2], block_map.counts.shape[2]
-    size, moment = block_map.query_block, tail.variance is not None
+    moment = tail.variance is not None
+    settings = settings_for(call.q, moment)
     order, order_stride = call.order_and_stride()
     per_block = pools // block_map.num_key_blocks
     with torch.cuda.device_of(call.q):

@@ -16,9 +16,9 @@ def test_fits_the_gpu(arch):
     assert len(builds) >= 8
     for build in builds:
         assert build["shared"] <= SHARED_MEMORY[arch], build
-        # A few numbers may be put aside.
+        # A dozen numbers may be put aside: what was faster so on a GPU stays.
         aside = build["kernel"] in ("add_kernel", "directions_kernel", "codes_kernel")
-        assert build["spilled"] <= (16 if aside else 0), build
+        assert build["spilled"] <= (48 if aside else 0), build
         products = build["kernel"] in ("score_kernel", "add_kernel", "gram_kernel")
         assert build["wgmma"] == (arch == 90 and products), build
 
@@ -51,11 +51,11 @@ def builds(arch):
             s.num_stages,
             scores | dict(q=kind, k=kind),
         )
-    s = tail_kernels.SETTINGS[arch]
     halves = dict.fromkeys(("q", "k", "v", "keys", "values", "variance", "out"), "*bf16")
     halves |= dict(log_counts="*fp32", lse="*fp32", bits="*u8", scale="fp32")
     halves |= dict.fromkeys(("lengths", "counts", "output_order"), "*i32")
     for head_dim, moment in ((64, True), (128, False), (128, True)):
+        s = (tail_kernels.MOMENT_SETTINGS if moment else tail_kernels.SETTINGS)[arch]
         yield compile_for(
             arch,
             tail_kernels.add_kernel,

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from ..kernels.tail import log_cosh
+from torch.nn import functional as F
 
 # Largest slice of the logits that is in memory at a time; a few temporaries have its size.
 _CHUNK_BYTES = 64 * 2**20
@@ -142,7 +141,7 @@ def recall_bound(
     middle = mean + key_lengths.to(mean.dtype).log()
     if not convex:
         return _share(middle - deviation, middle + deviation, kept)
-    return _share(middle, middle + log_cosh(deviation), kept)
+    return _share(middle, middle + _log_cosh(deviation), kept)
 
 
 def estimated_recall(scores: Tensor, kept: Tensor) -> Tensor:
@@ -177,3 +176,8 @@ def _block_size(k: Tensor, key_lengths: Tensor) -> int:
 
 def _padding(lengths: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=lengths.device) >= lengths[..., None]
+
+
+def _log_cosh(x: Tensor) -> Tensor:
+    """`log(cosh(x))` for x that is not negative, without overflow."""
+    return x + F.softplus(-2 * x) - math.log(2)

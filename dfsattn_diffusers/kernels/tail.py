@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .backends import AttentionCall
 from .backends.reference import store
@@ -90,6 +88,7 @@ def add_tail(call: AttentionCall) -> None:
     batch, heads, num_queries, _ = call.q.shape
     pools, size = tail.keys.shape[2], block_map.query_block
     keys, values = (x.to(wide) for x in (tail.keys, tail.values))
+    variance = None if tail.variance is None else tail.variance.to(wide)
     dropped = ~block_map.to_mask()
     order, out = call.output_order, call.out
     if order is not None:
@@ -99,27 +98,26 @@ def add_tail(call: AttentionCall) -> None:
     for start in range(0, block_map.counts.shape[2], rows):
         part = slice(start * size, min((start + rows) * size, num_queries))
         q, lse = call.q[:, :, part].to(wide), call.lse[:, :, part, None]
-        logits = q @ keys.transpose(2, 3) * call.scale + tail.log_counts[:, None, None]
+        logits = (q @ keys.transpose(2, 3)).mul_(call.scale).add_(tail.log_counts[:, None, None])
+        spread = None
         if tail.variance is not None:
-            square = q.square() @ tail.variance.to(wide).transpose(2, 3)
-            logits += log_cosh(square.sqrt_() * call.scale)
+            spread = (q.square() @ variance.transpose(2, 3)).sqrt_().mul_(call.scale)
+            # The upper of a pool's two halves; the other's weight joins below.
+            logits += spread
         absent = dropped[:, :, start : start + rows].repeat_interleave(size, 2)[:, :, : q.shape[2]]
         absent = absent.repeat_interleave(pools // block_map.num_key_blocks, 3)
         logits.masked_fill_(~absent, float("-inf"))
         peak = torch.maximum(logits.amax(-1, keepdim=True), lse)
         peak = peak.masked_fill(peak == float("-inf"), 0)
-        weights, kept = (logits - peak).exp(), (lse - peak).exp()
+        weights, kept = logits.sub_(peak).exp_(), (lse - peak).exp()
+        if spread is not None:
+            weights *= spread.mul_(-2).exp_().add_(1).mul_(0.5)
         total = weights.sum(-1, keepdim=True) + kept
         sums = out[:, :, part].to(wide) * kept + weights @ values
         out[:, :, part] = (sums / total).masked_fill_(total == 0, 0).to(out.dtype)
         call.lse[:, :, part] = (peak + total.log()).squeeze(-1)
     if order is not None:
         store(out, order, call.out)
-
-
-def log_cosh(x: Tensor) -> Tensor:
-    """`log(cosh(x))` for x that is not negative, without overflow."""
-    return x + F.softplus(-2 * x) - math.log(2)
 
 
 def _check_pools(k: Tensor, v: Tensor, pool: int, lengths: Tensor) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from .configs import DFSAttnConfig
@@ -60,6 +62,7 @@ def config_for_steps(config: DFSAttnConfig, num_steps: int) -> DFSAttnConfig:
         keep_ratios=spread[dense:] or [1.0],
         refreshes=None,
         refresh_interval=1 / num_steps,
+        refresh_growth=1.0,
         share_maps_across_branches=True,
         residual_pool=None,
         residual_rank=None,
@@ -69,21 +72,24 @@ def config_for_steps(config: DFSAttnConfig, num_steps: int) -> DFSAttnConfig:
 
 def segment_of(step: int, num_steps: int, config: DFSAttnConfig) -> int:
     """Index of the map that is due in a step, counted from 0; -1 in the dense part."""
-    dense = steps_of(config.dense_fraction, num_steps)
-    since_dense = step - dense
+    return bisect_right(refresh_steps(config, num_steps), step) - 1
+
+
+@lru_cache(maxsize=64)
+def refresh_steps(config: DFSAttnConfig, num_steps: int) -> tuple[int, ...]:
+    """The steps in which a new map is due."""
+    due = float(steps_of(config.dense_fraction, num_steps))
+    interval = float(steps_of(config.refresh_interval, num_steps))
     if config.residual_pool is not None:
         # A refresh is dense as well: the last dense step serves.
-        since_dense += 0 < dense < num_steps
-    if since_dense < 0:
-        return -1
-    refreshes = config.refreshes or len(config.keep_ratios)
-    return min(since_dense // interval_of(config, num_steps), refreshes - 1)
-
-
-def interval_of(config: DFSAttnConfig, num_steps: int) -> int:
-    """Steps from one refresh to the next."""
-    interval = steps_of(config.refresh_interval, num_steps)
-    return interval if config.residual_pool is None else max(interval, LEAST_DENSE_INTERVAL)
+        due -= 0 < due < num_steps
+        interval = max(interval, LEAST_DENSE_INTERVAL)
+    steps: list[int] = []
+    while due < num_steps and len(steps) < (config.refreshes or len(config.keep_ratios)):
+        steps.append(math.floor(due + 0.5))
+        due += interval
+        interval *= config.refresh_growth
+    return tuple(steps)
 
 
 def decide(

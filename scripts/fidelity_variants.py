@@ -50,10 +50,32 @@ _FINE = dict(_HEADS_64, **_SHARED, query_block=64, tile_size=8, tail_pool=64)
 # What the presets had before moments.
 _MEANS = dict(tail="mean", tail_pool=32)
 _PRESETS = ("quality", "balanced", "fast", "turbo")
+# What two of them had before intervals that grow.
+_EVEN = {
+    name: dict(refresh_interval=interval, refresh_growth=1.0)
+    for name, interval in (("fast", 0.16), ("turbo", 0.2))
+}
 
 
 def _preset(name, **changes):
     return _ours(name, min_tokens=0, **changes)
+
+
+def _even(what, names=_PRESETS, **changes):
+    """Presets with even intervals, and some other change."""
+    return {
+        f"preset {name}{', even intervals' * (name in _EVEN)}{what}": _preset(
+            name, **_EVEN.get(name, {}) | changes
+        )
+        for name in names
+    }
+
+
+def _spent(preset, dense_fraction, every, keep):
+    """About a preset's cost, spent in another way."""
+    name = f"preset {preset}, dense {dense_fraction:.0%}, then every {every}th, keep {keep}"
+    fields = dict(dense_fraction=dense_fraction, refresh_interval=every / 50, keep_ratios=(keep,))
+    return {name: _preset(preset, **fields, refresh_growth=1.0)}
 
 
 def _residual(pool, dense_fraction=0.06, interval=0.08, keep=0.1, **changes):
@@ -134,30 +156,31 @@ VARIANTS = {
     "keep 0.04, dense every 16th step, residuals of 1": _least(0.04),
     "keep 0.04, dense every 16th step, residuals of 32": _least(0.04, pool=32),
     # One choice of the presets at a time.
-    **{
-        f"preset {name}, shared across branches": _preset(name, **_SHARED)
-        for name in ("fast", "turbo")
-    },
+    **_even("", _EVEN),
+    "preset turbo, dense 4 %, faster growth": _preset(
+        "turbo", dense_fraction=0.04, refresh_interval=0.08, refresh_growth=1.49
+    ),
+    **_spent("fast", 0.06, 5, 0.05),
+    **_spent("fast", 0.06, 6, 0.08),
+    **_spent("fast", 0.06, 8, 0.12),
+    **_spent("fast", 0.12, 6, 0.04),
+    **_spent("fast", 0.06, 4, 0.02),
+    **_spent("turbo", 0.04, 8, 0.03),
+    **_spent("turbo", 0.04, 7, 0.01),
+    **_spent("turbo", 0.04, 12, 0.06),
+    **_spent("turbo", 0.06, 8, 0.02),
+    **_even(", shared across branches", _EVEN, **_SHARED),
     "preset turbo, shared, dense every 6th step": _preset(
-        "turbo", **_SHARED, refresh_interval=0.12
+        "turbo", **_SHARED, refresh_interval=0.12, refresh_growth=1.0
     ),
     "keep 0.04, dense every 9th step, rank 8, moments, shared": _least(
         0.04, 0.18, **_MOMENT_8, **_SHARED
     ),
-    **{f"preset {name}, means of 32": _preset(name, **_MEANS) for name in _PRESETS},
-    **{f"preset {name}, moments of 32": _preset(name, tail_pool=32) for name in _PRESETS[1:]},
-    **{
-        f"preset {name}, means of 32, rank 4": _preset(name, **_MEANS, residual_rank=4)
-        for name in _PRESETS[1:]
-    },
-    **{
-        f"preset {name}, means of 32, residuals of 64": _preset(
-            name, **_MEANS, residual_pool=64, residual_rank=None
-        )
-        for name in _PRESETS
-    },
-    "preset turbo, means of 32, shared across branches": _preset("turbo", **_MEANS, **_SHARED),
-    "preset fast, means of 32, shared across branches": _preset("fast", **_MEANS, **_SHARED),
+    **_even(", means of 32", **_MEANS),
+    **_even(", moments of 32", _PRESETS[1:], tail_pool=32),
+    **_even(", means of 32, rank 4", _PRESETS[1:], **_MEANS, residual_rank=4),
+    **_even(", means of 32, residuals of 64", **_MEANS, residual_pool=64, residual_rank=None),
+    **_even(", means of 32, shared across branches", _EVEN, **_MEANS, **_SHARED),
     # Few-step runs.
     "paper, 8 steps": _few(8),
     "8 steps, no dense step, keep 0.78 to 0.055, 64 x 64, moments": _no_dense(

@@ -16,7 +16,7 @@ from fidelity_report import HEADER, drawing, groups, rows_of, title_of, usual_st
 
 from dfsattn_diffusers import list_presets
 from dfsattn_diffusers.configs import resolve_config
-from dfsattn_diffusers.schedule import interval_of, nominal_cost, steps_of
+from dfsattn_diffusers.schedule import nominal_cost, refresh_steps, steps_of
 
 ROOT = Path(__file__).parent.parent
 STEPS = 50
@@ -52,9 +52,10 @@ def dense_steps(config):
     start = steps_of(config.dense_fraction, STEPS)
     if config.residual_pool is None:
         return f"first {start}"
-    if config.refreshes is None:
-        return f"first {start}, then {len(config.keep_ratios) - 1} more"
-    return f"first {start}, then every {interval_of(config, STEPS)}th"
+    first, second, *later = refresh_steps(config, STEPS)
+    if config.refresh_growth > 1:
+        return f"first {start}, then {len(later) + 1} more"
+    return f"first {start}, then every {second - first}th"
 
 
 def residuals_of(config):

@@ -1,11 +1,12 @@
 import pytest
 
-from dfsattn_diffusers.configs import DFSAttnConfig
+from dfsattn_diffusers.configs import DFSAttnConfig, list_presets, resolve_config
 from dfsattn_diffusers.schedule import (
     FEW_STEPS,
     config_for_steps,
     decide,
     nominal_cost,
+    refresh_steps,
     segment_of,
     steps_of,
 )
@@ -67,6 +68,29 @@ def test_more_refreshes_than_ratios_keep_the_last_ratio():
     run = modes(50, config)
     assert [s for s, (mode, _) in enumerate(run) if mode == "refresh"] == [12, 17, 22, 27, 32]
     assert run[-1] == ("reuse", 0.2)
+
+
+def test_intervals_may_grow():
+    config = DFSAttnConfig(
+        dense_fraction=0.06, keep_ratios=(0.1,), refreshes=99, refresh_interval=0.12,
+        refresh_growth=1.28,
+    )  # fmt: skip
+    assert refresh_steps(config, 50) == (3, 9, 17, 27, 39)
+    run = modes(50, config)
+    assert [s for s, (mode, _) in enumerate(run) if mode == "refresh"] == [3, 9, 17, 27, 39]
+    # Where refreshes are dense, the last dense step is the first of them.
+    assert refresh_steps(config.replace(residual_pool=1), 50) == (2, 8, 16, 26, 38)
+    assert refresh_steps(config.replace(refreshes=2), 50) == (3, 9)
+
+
+@pytest.mark.parametrize("num_steps", range(2, 101))
+@pytest.mark.parametrize("preset", list_presets())
+def test_refreshes_of_a_preset_come_ever_later(preset, num_steps):
+    steps = refresh_steps(resolve_config(preset, few_step_ratios=None), num_steps)
+    gaps = [later - earlier for earlier, later in zip(steps, steps[1:])]
+    assert steps and steps[0] >= 0 and min(gaps, default=1) >= 1
+    # Whole steps may take one back.
+    assert all(later >= earlier - 1 for earlier, later in zip(gaps, gaps[1:]))
 
 
 def test_reasons_for_dense():

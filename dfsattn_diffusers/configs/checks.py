@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -11,9 +12,14 @@ def as_tuple(name: str, value: Any, of: str = "numbers") -> tuple:
     return tuple(value)
 
 
+def check_number(name: str, value: Any, least: float) -> None:
+    _check_is_number(name, value)
+    if not least <= value < math.inf:
+        raise ValueError(f"{name} must be at least {least}, and finite; got {value!r}.")
+
+
 def check_fraction(name: str, value: Any, zero_allowed: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number; got {value!r}.")
+    _check_is_number(name, value)
     if not (0 < value <= 1 or (zero_allowed and value == 0)):
         interval = "[0, 1]" if zero_allowed else "(0, 1]"
         raise ValueError(f"{name} must lie in {interval}; got {value!r}.")
@@ -24,3 +30,8 @@ def check_int(name: str, value: Any, least: int) -> None:
         raise TypeError(f"{name} must be a whole number; got {value!r}.")
     if value < least:
         raise ValueError(f"{name} must be at least {least}; got {value}.")
+
+
+def _check_is_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {value!r}.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checks import as_tuple, check_fraction, check_int
+from .checks import as_tuple, check_fraction, check_int, check_number
 from .files import read_fields, write_fields
 
 ORDERS = ("hilbert3d", "hilbert2d", "hilbert_fw", "hilbert_fh", "cuboid", "raster")
@@ -40,7 +40,9 @@ class DFSAttnConfig:
             rising along the run. The last one holds until the end. Costs are proportional to it.
         refreshes: Number of times the block maps are computed, or None for one per keep ratio.
             A new map follows the video better; each costs about as much as a few key blocks.
-        refresh_interval: Share of the run between two refreshes; in (0, 1].
+        refresh_interval: Share of the run between the first two refreshes; in (0, 1].
+        refresh_growth: What each interval between refreshes is of the one before; at least 1. A
+            video changes most in its first steps.
         order: Curve along which video tokens are grouped into blocks: "hilbert3d" (space-time),
             "hilbert2d" (per frame), "hilbert_fw" and "hilbert_fh" (in planes of time and width, of
             time and height), and for comparison "cuboid" (3-D boxes) and "raster". Of several,
@@ -88,6 +90,7 @@ class DFSAttnConfig:
     keep_ratios: tuple[float, ...] = (0.3, 0.2, 0.1)
     refreshes: int | None = None
     refresh_interval: float = 0.25
+    refresh_growth: float = 1.0
     order: str | tuple[str, ...] = "hilbert3d"
     tile_size: int = 16
     query_block: int = 128
@@ -113,6 +116,7 @@ class DFSAttnConfig:
             object.__setattr__(self, name, as_tuple(name, getattr(self, name)))
         check_fraction("dense_fraction", self.dense_fraction, zero_allowed=True)
         check_fraction("refresh_interval", self.refresh_interval)
+        check_number("refresh_growth", self.refresh_growth, least=1)
         _check_ratios("keep_ratios", self.keep_ratios)
         if self.few_step_ratios is not None:
             _check_ratios("few_step_ratios", self.few_step_ratios)

@@ -28,16 +28,21 @@ _PRESETS: dict[str, dict[str, Any]] = {
         few_step_ratios=(0.9, 0.58, 0.38, 0.26, 0.18, 0.13, 0.1, 0.08),
     ),
     "fast": dict(
-        _BEYOND, dense_fraction=0.12, keep_ratios=(0.1,), refresh_interval=0.16,
+        _BEYOND, dense_fraction=0.12, keep_ratios=(0.1,), refresh_interval=0.12,
+        refresh_growth=1.15,
         few_step_ratios=(0.75, 0.45, 0.28, 0.19, 0.13, 0.1, 0.08, 0.06),
     ),
     "turbo": dict(
-        _BEYOND, dense_fraction=0.06, keep_ratios=(0.05,), refresh_interval=0.2,
+        _BEYOND, dense_fraction=0.06, keep_ratios=(0.05,), refresh_interval=0.12,
+        refresh_growth=1.28,
         few_step_ratios=(0.6, 0.35, 0.21, 0.14, 0.1, 0.07, 0.055, 0.045),
     ),
 }  # fmt: skip
 # What `few_step_ratios` stands in for, but for `keep_ratios`.
-_SCHEDULE = {"dense_fraction", "refreshes", "refresh_interval", "residual_pool", "residual_rank"}
+_SCHEDULE = {
+    "dense_fraction", "refreshes", "refresh_interval", "refresh_growth", "residual_pool",
+    "residual_rank",
+}  # fmt: skip
 
 
 def list_presets() -> tuple[str, ...]:

@@ -2,9 +2,11 @@
 
     python scripts/benchmark_fidelity.py --output benchmarks/fidelity.json --seconds 560
 
-Every result is written as soon as it is there; the same command goes on where the last one was cut,
-and `--variants` or more `--cases` extend the file. The first variants of `fidelity_variants` come
-first. Cost is the attention arithmetic of the whole run relative to dense, dense steps included.
+Every result is written as soon as it is there; the same command goes on where the last one was
+cut, and `--variants` or more `--cases` extend the file. The first variants of `fidelity_variants`
+come first. Several GPUs share the work by `--witnesses`, each with a copy of the file; `--merge`
+adds the copies up. Cost is the attention arithmetic of the whole run relative to dense, dense
+steps included.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import sys
 import time
 from contextlib import nullcontext
 from itertools import product
+from math import prod
 from pathlib import Path
 
 import diffusers
@@ -195,6 +198,38 @@ class Benchmark:
         return self.witnesses[witness].generate(prompts, cases, grid, steps, self.args.guidance)
 
 
+def merge(path, parts):
+    """Add what copies of a file hold to it; of one unit that with the most cases stays.
+
+    What other settings than a variant's present ones gave is left out.
+    """
+    files = {name: json.loads(name.read_text()) for name in (path, *parts)}
+    data, gpus, units = files[path], [], {}
+    for name, part in files.items():
+        gpus += part["machine"].pop("gpu").split(", ")
+        for what in ("machine", "settings", "prompts"):
+            if part[what] != data[what]:
+                sys.exit(f"{name} has other {what} than {path}: {part[what]}, not {data[what]}")
+        for run in filter(is_current, part["runs"]):
+            unit = run["witness"], tuple(run["grid"]), run["variant"]
+            if unit not in units or len(run["cases"]) > len(units[unit]["cases"]):
+                units[unit] = run
+    places = {name: place for place, name in enumerate([*FAMILIES, *VARIANTS])}
+    order = sorted(units, key=lambda unit: (places[unit[0]], -prod(unit[1]), places[unit[2]]))
+    data["machine"]["gpu"] = ", ".join(dict.fromkeys(gpus))
+    write_json(path, data | {"runs": [units[unit] for unit in order]})
+
+
+def is_current(run):
+    """Whether a variant of that name would be measured like this."""
+    variant = VARIANTS.get(run["variant"])
+    if variant is None or run["rival"] != variant.rival:
+        return False
+    if variant.preset is None or run["config"] is None:
+        return variant.preset is run["config"]
+    return resolve_config(run["config"]) == resolve_config(variant.preset, **variant.changes)
+
+
 def format_grid(grid):
     return "x".join(map(str, grid))
 
@@ -229,11 +264,15 @@ def parse_arguments(argv):
     add("--guidance", type=float, default=4.0)
     add("--seconds", type=float, default=1e9, help="start nothing that would end later than this")
     add("--list", action="store_true", help="print the data's table and measure nothing")
+    add("--merge", nargs="+", type=Path, metavar="FILE", help="add these to the data, no more")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_arguments(argv)
+    if args.merge:
+        merge(args.output, args.merge)
+        return
     if args.list:
         print_table(json.loads(args.output.read_text()))
         return

@@ -72,6 +72,29 @@ def test_every_unit_is_measured(measured):
     assert costs["paper"] == pytest.approx(0.5 + 0.5 * (384 * 192 + 64 * 448) / 448**2)
 
 
+def test_copies_are_merged(measured, tmp_path):
+    output, data = measured
+    one, other, third = (tmp_path / f"{name}.json" for name in "abc")
+    half = len(data["runs"]) // 2
+    machine = data["machine"] | {"gpu": "G"}
+    one.write_text(json.dumps(data | {"runs": data["runs"][half:]}))
+    fewer = [run | {"cases": run["cases"][:1]} for run in data["runs"]]
+    stale = fewer[0] | {"variant": "no longer a variant"}
+    other.write_text(json.dumps(data | {"machine": machine, "runs": [*fewer[half:], stale]}))
+    third.write_text(json.dumps(data | {"runs": data["runs"][:half]}))
+    benchmark_fidelity.main(["--output", str(one), "--merge", str(other), str(third)])
+    merged = json.loads(one.read_text())
+    assert merged["machine"] == machine | {"gpu": f"{data['machine']['gpu']}, G"}
+    wanted = json.loads(output.read_text())["runs"]
+    assert sorted(map(str, merged["runs"])) == sorted(map(str, wanted))
+    names = [run["variant"] for run in merged["runs"] if run["witness"] == "cogvideox"]
+    assert names == [name for name in VARIANTS if name in NAMES]
+
+    other.write_text(json.dumps(data | {"settings": {}}))
+    with pytest.raises(SystemExit, match="b.json has other settings than"):
+        benchmark_fidelity.main(["--output", str(one), "--merge", str(other)])
+
+
 def test_the_paper_is_what_the_plugin_does(folder, measured):
     """One number of the file, made again by hand."""
     _, data = measured

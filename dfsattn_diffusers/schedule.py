@@ -85,8 +85,10 @@ def refresh_steps(config: DFSAttnConfig, num_steps: int) -> tuple[int, ...]:
         due -= 0 < due < num_steps
         interval = max(interval, LEAST_DENSE_INTERVAL)
     steps: list[int] = []
-    while due < num_steps and len(steps) < (config.refreshes or len(config.keep_ratios)):
-        steps.append(math.floor(due + 0.5))
+    while len(steps) < (config.refreshes or len(config.keep_ratios)):
+        if (step := math.floor(due + 0.5)) >= num_steps:
+            break
+        steps.append(step)
         due += interval
         interval *= config.refresh_growth
     return tuple(steps)
@@ -127,7 +129,8 @@ def decide(
 def nominal_cost(config: DFSAttnConfig, num_steps: int = 50) -> float:
     """Attention work of a run relative to dense, from the schedule alone, tail included.
 
-    Long videos come close to it; text, whole blocks and `dense_layers` add to it.
+    Long videos come close to it; text, whole blocks and `dense_layers` add to it. Where guidance
+    branches share dense refreshes, it counts them for each.
     """
     total, config = 0.0, config_for_steps(config, num_steps)
     for now in decisions(config, num_steps):
@@ -154,9 +157,10 @@ def config_for_cost(config: DFSAttnConfig, cost: float, num_steps: int = 50) -> 
     Args:
         config: Where to start from. `dense_fraction`, `keep_ratios` and `few_step_ratios` change,
             and where refreshes are dense and go on to the end of the run, `refresh_interval`; all
-            else stays. `few_step_ratios` are made to meet the cost in a run of 8 steps.
+            else stays. `few_step_ratios` are made to meet the cost in a run of 8 steps; fewer take
+            some percent more or less.
         cost: Attention work relative to dense over a run; in (0, 1].
-        num_steps: Steps of that run.
+        num_steps: Steps of that run; 12 at least where the config has `few_step_ratios`.
 
     Raises:
         ValueError: The cost is out of range, or less than one dense step and the tail take.

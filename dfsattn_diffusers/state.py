@@ -184,11 +184,10 @@ class DFSAttnState:
             like: `[B, rows, H, D]` of the outputs' dtype and device.
         """
         forward, config = self._require_forward(), self.settings
-        geometry = forward.geometry
-        if config.residual_pool is None or geometry.video_tokens < config.min_tokens:
+        if config.residual_pool is None or forward.geometry.video_tokens < config.min_tokens:
             return
         held = (cached.kept.residual for cached in self._maps.values())
-        self.residuals.enter(forward.model, self._branch, geometry, like, held)
+        self.residuals.enter(forward.model, self._branch(len(like)), forward.geometry, like, held)
 
     def note_dense(self, reason: str) -> None:
         self._runs[-1].modes["dense"] += 1
@@ -225,18 +224,19 @@ class DFSAttnState:
         self._runs[-1].modes["refresh"] += 1
         self._runs[-1].maps.append(use)
         geometry = self.forward.geometry
-        self._maps[self._key(layer)] = _Cached(segment, batch, geometry, kept, use)
+        self._maps[self._key(layer, batch)] = _Cached(segment, batch, geometry, kept, use)
 
-    @property
-    def _branch(self) -> str:
-        shared = self.settings.share_maps_across_branches
-        return "" if shared else self.forward.position.branch
+    def _branch(self, batch: int) -> str:
+        """The branch, or what those that share their maps have in common."""
+        if self.settings.share_maps_across_branches:
+            return f"{batch} x {self.forward.geometry}"
+        return self.forward.position.branch
 
-    def _key(self, layer: int) -> tuple[str, int, str]:
-        return self.forward.model, layer, self._branch
+    def _key(self, layer: int, batch: int) -> tuple[str, int, str]:
+        return self.forward.model, layer, self._branch(batch)
 
     def _cached(self, layer: int, batch: int) -> _Cached | None:
-        cached = self._maps.get(self._key(layer))
+        cached = self._maps.get(self._key(layer, batch))
         fits = cached and cached.batch == batch and cached.geometry == self.forward.geometry
         return cached if fits else None
 

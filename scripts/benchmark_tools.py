@@ -69,8 +69,8 @@ class Record:
         known[name] = settings
         ms = self.data["ms"]
         self.data["ms"] = {key: ms[key] for key in ms if not key.startswith(f"{name} ")}
-        for times in ("composed_s", "whole_run_s"):
-            self.data.get(times, {}).pop(name, None)
+        for kept in ("composed_s", "whole_run_s", "peak_gib"):
+            self.data.get(kept, {}).pop(name, None)
 
     def check_time(self):
         if time.monotonic() > self._deadline:

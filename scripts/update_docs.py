@@ -93,29 +93,30 @@ def kernels():
 
 def kernel_table(data):
     """One line for each problem, one column for each kernel."""
-    kernels = list(dict.fromkeys(row["kernel"] for row in data["rows"] if row["density"] < 1))
+    dense_first = sorted(data["rows"], key=lambda row: row["density"] < 1)
+    names = list(dict.fromkeys(row["kernel"] for row in dense_first))
     lines, dense, errors = {}, {}, {}
     for row in data["rows"]:
         maps = row.get("maps", "even")
-        if row["kernel"] not in kernels:
-            dense[row["shape"], maps] = row  # of the densities that follow
+        if row["density"] == 1:
+            dense[row["shape"], maps] = {row["kernel"]: row}  # beside the densities that follow
             continue
-        where = row["shape"], f"{row['density']:.1f}", maps
-        lines.setdefault(where, {"dense": dense[row["shape"], maps]})[row["kernel"]] = row
+        line = lines.setdefault((row["shape"], row["density"], maps), {})
+        line |= {row["kernel"]: row} | dense.get((row["shape"], maps), {})
         if row.get("error") is not None:
             errors[row["kernel"]] = max(errors.get(row["kernel"], 0), row["error"])
     table = [
         [
             " x ".join(f"{size:,}" for size in data["shapes"][shape]),
-            density + (", uneven" if maps == "uneven" else ""),
+            f"{density:.2g}" + (", uneven" if maps == "uneven" else ""),
             *(
                 f"{rows[name]['tflops']:.0f} ({rows[name]['ms']:.1f})" if name in rows else "-"
-                for name in ("dense", *kernels)
+                for name in names
             ),
         ]
         for (shape, density, maps), rows in lines.items()
     ]
-    header = ["heads x tokens x head dim", "density", "dense cuDNN (SDPA)", *kernels]
+    header = ["heads x tokens x head dim", "density", *names]
     note = "Random maps; TFLOP/s of kept work, and ms."
     if errors:  # older files have none
         listed = "; ".join(f"{name} {error:.2%}" for name, error in errors.items())
@@ -177,8 +178,8 @@ def models():
     rows = []
     for name, record in data.items():
         for preset, seconds in record.get("composed_s", {}).items():
-            settings = record["settings"].get(preset)
-            if settings is None or resolve_config(settings) != resolve_config(preset):
+            settings = resolve_config({}).to_dict() | record["settings"].get(preset, {})
+            if settings != resolve_config(preset).to_dict():
                 continue  # another preset of that name
             ours = seconds["ours"]
             dense = [

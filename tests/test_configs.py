@@ -40,7 +40,13 @@ def test_overrides_and_immutability():
     config = resolve_config("paper", keep_ratios=[0.5], dense_layers=[0, 3])
     assert config.keep_ratios == (0.5,) and config.dense_layers == (0, 3)
     fast = resolve_config("fast", keep_ratios=[0.5])
-    assert fast.keep_ratios == fast.few_step_ratios == (0.5,)
+    # Five times as much is kept in short runs, too.
+    stock = resolve_config("fast")
+    assert fast.keep_ratios == (0.5,) == (5 * stock.keep_ratios[0],)
+    assert fast.few_step_ratios == tuple(min(1, 5 * r) for r in stock.few_step_ratios)
+    assert resolve_config("fast", keep_ratios=stock.keep_ratios) == stock
+    with pytest.raises(TypeError, match="keep_ratios must be a number"):
+        resolve_config("fast", keep_ratios=("much",))
     assert resolve_config("fast", keep_ratios=[0.5], few_step_ratios=None).few_step_ratios is None
     assert resolve_config("fast", dense_fraction=0.5).few_step_ratios is None
     for preset in list_presets():
@@ -70,6 +76,7 @@ def test_overrides_and_immutability():
         (dict(refresh_interval=0), ValueError, r"refresh_interval must lie in \(0, 1\]"),
         (dict(refresh_growth=0.9), ValueError, "refresh_growth must be at least 1, and finite; g"),
         (dict(refresh_growth=float("inf")), ValueError, "refresh_growth must be at least 1, and"),
+        (dict(refresh_growth=10**400), ValueError, "refresh_growth must be at least 1, and finite"),
         (dict(refresh_growth="fast"), TypeError, "refresh_growth must be a number; got 'fast'"),
         (dict(refreshes=2), ValueError, "refreshes must be at least 3; got 2"),
         (dict(order="peano"), ValueError, "order must be one of hilbert3d"),

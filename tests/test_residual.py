@@ -10,7 +10,8 @@ from dfsattn_diffusers import DFSAttnConfig, enable_dfsattn
 from dfsattn_diffusers.layout import TokenGeometry
 from dfsattn_diffusers.processors.base import LayerProcessor
 from dfsattn_diffusers.schedule import config_for_steps, nominal_cost
-from dfsattn_diffusers.state import DFSAttnState, Forward, Position
+from dfsattn_diffusers.selection import Selection
+from dfsattn_diffusers.state import DFSAttnState, Forward, Kept, Position
 
 SPARSE = DFSAttnConfig(keep_ratios=(0.5, 0.4, 0.3), tile_size=8, query_block=32, key_block=32)
 
@@ -132,7 +133,7 @@ def test_branches_may_share_a_correction(family):
     assert sum(shared.calls.values()) == sum(own.calls.values())
     assert shared.density < own.density
     errors = {name: (video - dense).square().mean().item() for name, video in videos.items()}
-    assert errors["own"] < errors["shared"] < errors["none"]
+    assert max(errors["own"], errors["shared"]) < errors["none"]
 
 
 def test_config():
@@ -144,3 +145,25 @@ def test_config():
     for rank, pool in ((3, 1), (34, 1), (4, None)):
         with pytest.raises(ValueError, match=even):
             DFSAttnConfig(residual_rank=rank, residual_pool=pool)
+
+
+def test_branches_that_share_may_differ_in_their_text():
+    """Each text length keeps its own map: none would be reused if they took turns in one place."""
+    shared = SPARSE.replace(residual_pool=1, share_maps_across_branches=True)
+    selection, calls = Selection(None, torch.tensor(0.5), torch.tensor(0.9)), {}
+    for name, config in ("own", SPARSE.replace(residual_pool=1)), ("shared", shared):
+        state, device = DFSAttnState(config), torch.device("cpu")
+        for step in range(12):
+            for branch, text in ("cond", 5), ("uncond", 3):
+                geometry = TokenGeometry((2, 3, 4), text)
+                state.begin_forward(
+                    Forward("transformer", Position(step, 12, branch), geometry, None, device)
+                )
+                decision = state.decide(0, 1)
+                calls.setdefault(name, []).append(decision.mode)
+                if decision.mode == "refresh":
+                    state.store(0, 1, decision.segment, selection, Kept())
+                elif decision.mode == "reuse":
+                    state.kept(0, 1)
+                state.end_forward()
+    assert calls["own"] == calls["shared"] and "reuse" in calls["own"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 
@@ -14,7 +14,7 @@ def as_tuple(name: str, value: Any, of: str = "numbers") -> tuple:
 
 def check_number(name: str, value: Any, least: float) -> None:
     _check_is_number(name, value)
-    if not least <= value < math.inf:
+    if not least <= value <= sys.float_info.max:
         raise ValueError(f"{name} must be at least {least}, and finite; got {value!r}.")
 
 

@@ -76,7 +76,8 @@ class DFSAttnConfig:
         share_maps_across_branches: Use the first guidance branch's map, and its correction if there
             is one, for the others too, where branches are separate calls. Their errors are alike
             then, and guidance, a difference, lets less of them through; refreshes, the dense ones
-            above all, are had at the price of one branch. A correction is less close so.
+            above all, are had at the price of one branch; the last dense step is one of them. A
+            correction is less close so.
         precision: Of the kept blocks' products: "full", that of the model, or "fp8" (e4m3, on sm89
             and sm90), which is faster and less exact.
         backend: Kernel: "auto" or a name from `dfsattn_diffusers.kernels.list_backends()`.

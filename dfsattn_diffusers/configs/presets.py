@@ -38,7 +38,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         few_step_ratios=(0.6, 0.35, 0.21, 0.14, 0.1, 0.07, 0.055, 0.045),
     ),
 }  # fmt: skip
-# What `few_step_ratios` stands in for, but for `keep_ratios`.
+# What `few_step_ratios` stands in for, but for `keep_ratios` and for maps of each branch.
 _SCHEDULE = {
     "dense_fraction", "refreshes", "refresh_interval", "refresh_growth", "residual_pool",
     "residual_rank",
@@ -58,10 +58,10 @@ def resolve_config(
     Args:
         config: A config, a mapping of its fields, a preset's name, or the path of a JSON or YAML
             file. A string with a config file's ending is a path, any other a preset.
-        **overrides: Fields that replace those of `config`. On a preset's, `keep_ratios` holds in
-            short runs as well, other fields of the schedule make short runs follow the long one,
-            both unless `few_step_ratios` is among them; and `residual_pool=None` needs no
-            `residual_rank=None` beside it.
+        **overrides: Fields that replace those of `config`. On a preset's, `keep_ratios` scales what
+            short runs keep by its first value, other fields of the schedule make short runs follow
+            the long one, both unless `few_step_ratios` is among them; and `residual_pool=None`
+            needs no `residual_rank=None` beside it.
 
     Raises:
         ValueError: The preset or a field is unknown, or a value is out of range.
@@ -88,7 +88,10 @@ def _implied(preset: DFSAttnConfig, overrides: Mapping[str, Any]) -> dict[str, A
     """Overrides that go with others."""
     implied: dict[str, Any] = {}
     if preset.few_step_ratios is not None and "keep_ratios" in overrides:
-        implied["few_step_ratios"] = overrides["keep_ratios"]
+        # Replacing checks them.
+        ratios = preset.replace(keep_ratios=overrides["keep_ratios"]).keep_ratios
+        factor = ratios[0] / preset.keep_ratios[0]
+        implied["few_step_ratios"] = [min(1.0, factor * r) for r in preset.few_step_ratios]
     if _SCHEDULE & set(overrides):
         implied["few_step_ratios"] = None
     if overrides.get("residual_pool", ...) is None:

@@ -103,22 +103,18 @@ class Benchmark:
                     f"{new[name]}: name another --output"
                 )
         for run in data["runs"]:
-            if run["config"] is not None:
-                # Fields that came later have their defaults.
-                run["config"] = resolve_config(run["config"]).to_dict()
+            run["config"] = completed(run["config"])
         data["prompts"] = max(data["prompts"], self.prompts, key=len)
         return data
 
     def _entry(self, name, witness, grid):
         """The record of a unit, fresh if its settings changed; None if they are unknown here."""
         variant = VARIANTS[name]
-        config = None
-        if variant.preset is not None:
-            try:
-                config = resolve_config(variant.preset, **variant.changes).to_dict()
-            except (TypeError, ValueError) as error:
-                print(f"skipped {name}: {error}", flush=True)
-                return None
+        try:
+            config = config_of(variant)
+        except (TypeError, ValueError) as error:
+            print(f"skipped {name}: {error}", flush=True)
+            return None
         entry = {
             "variant": name,
             "witness": witness,
@@ -223,11 +219,21 @@ def merge(path, parts):
 def is_current(run):
     """Whether a variant of that name would be measured like this."""
     variant = VARIANTS.get(run["variant"])
-    if variant is None or run["rival"] != variant.rival:
+    if variant is None:
         return False
-    if variant.preset is None or run["config"] is None:
-        return variant.preset is run["config"]
-    return resolve_config(run["config"]) == resolve_config(variant.preset, **variant.changes)
+    return (run["rival"], completed(run["config"])) == (variant.rival, config_of(variant))
+
+
+def config_of(variant):
+    """All fields of its config; None where nothing of ours runs."""
+    if variant.preset is None:
+        return None
+    return resolve_config(variant.preset, **variant.changes).to_dict()
+
+
+def completed(config):
+    """A run's config, with the defaults of fields that came later."""
+    return None if config is None else resolve_config(config).to_dict()
 
 
 def format_grid(grid):

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from rivals import RIVALS
+
+from dfsattn_diffusers import list_presets
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -49,7 +53,7 @@ _HEADS_64 = dict(_BEST, **_CURVES)
 _FINE = dict(_HEADS_64, **_SHARED, query_block=64, tile_size=8, tail_pool=64)
 # What the presets had before moments.
 _MEANS = dict(tail="mean", tail_pool=32)
-_PRESETS = ("quality", "balanced", "fast", "turbo")
+_PRESETS = list_presets()[1:]  # all but the paper
 # What two of them had before intervals that grow.
 _EVEN = {
     name: dict(refresh_interval=interval, refresh_growth=1.0)
@@ -118,14 +122,6 @@ _FOUR_FLAT = (0.8, 0.34, 0.24, 0.16)
 _GENTLE = (0.22, 0.16, 0.12)
 _FINE_GENTLE = (0.27, 0.165, 0.095)
 
-_RIVALS = (
-    "raster blocks",
-    "sliding window (STA)",
-    "radial decay (Radial)",
-    "cumulative mass (SpargeAttn)",
-    "piecewise (PISA)",
-    "clusters (SVG2)",
-)
 # The paper's schedule, made cheaper and dearer, for the best of them.
 _OTHER_COSTS = {
     "0.23": dict(dense_fraction=0.12, keep_ratios=(0.18, 0.12, 0.08)),
@@ -240,7 +236,7 @@ VARIANTS = {
     "keep 0.05, dense every 6th step, residuals of 64": _residual(64, interval=0.12, keep=0.05),
     "keep 0.05, dense every 10th step, residuals of 1": _residual(1, interval=0.2, keep=0.05),
     # Other papers' rules, at the paper's cost, and the best of them at others.
-    **{rival: Variant(rival=rival) for rival in _RIVALS},
+    **{rival: Variant(rival=rival) for rival in RIVALS},
     **{
         f"{rival}, at {cost}": Variant(changes=changes, rival=rival)
         for cost, changes in _OTHER_COSTS.items()

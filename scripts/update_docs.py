@@ -178,8 +178,7 @@ def models():
     rows = []
     for name, record in data.items():
         for preset, seconds in record.get("composed_s", {}).items():
-            settings = resolve_config({}).to_dict() | record["settings"].get(preset, {})
-            if settings != resolve_config(preset).to_dict():
+            if resolve_config(record["settings"][preset]) != resolve_config(preset):
                 continue  # another preset of that name
             ours = seconds["ours"]
             dense = [

@@ -29,7 +29,7 @@ MOST_WORDS = 32  # more than any caption has
 # Nothing was distilled into the guidance embedding: it always sees one value. The pipeline makes
 # 1000 times it in bf16, where the usual 6 becomes 6016: another embedding than in training.
 EMBEDDED_GUIDANCE = 8.0
-# Of each family the tokens of its training's largest clips, and an awkward grid.
+# Tokens of the training's largest clips; fidelity is measured there and on an awkward grid.
 TRAINED_GRID = (17, 32, 32)
 
 

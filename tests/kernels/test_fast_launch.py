@@ -16,9 +16,9 @@ def test_fits_the_gpu(arch):
     assert len(builds) >= 8
     for build in builds:
         assert build["shared"] <= SHARED_MEMORY[arch], build
-        # A dozen numbers may be put aside: what was faster so on a GPU stays.
-        aside = build["kernel"] in ("add_kernel", "directions_kernel", "codes_kernel")
-        assert build["spilled"] <= (48 if aside else 0), build
+        # A few numbers may be put aside, a dozen where that was faster on a GPU.
+        aside = {"add_kernel": 48, "directions_kernel": 16, "codes_kernel": 16}
+        assert build["spilled"] <= aside.get(build["kernel"], 0), build
         products = build["kernel"] in ("score_kernel", "add_kernel", "gram_kernel")
         assert build["wgmma"] == (arch == 90 and products), build
 

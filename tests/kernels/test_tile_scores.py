@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from kernel_cases import ON_CUDA, assert_close
+from kernel_cases import ON_CUDA, RUNS, assert_close
 
 from dfsattn_diffusers.score import score_blocks
 
 tile_scores = pytest.importorskip("dfsattn_diffusers.kernels.tile_scores")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_CUDA)]
-# Without a GPU the interpreter runs the kernels, and it multiplies bfloat16 matrices wrongly.
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=ON_CUDA)]
 
 
 def tiles(device, *, query_blocks=5, key_blocks=9, per_query=8, per_key=8, batch=2, head_dim=64):
@@ -60,12 +58,9 @@ def test_other_blocks(device, per_query, per_key):
     check(*arguments, per_query, per_key)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device, dtype", RUNS)
 def test_precisions(device, head_dim, dtype):
-    if device == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("the interpreter multiplies bfloat16 matrices wrongly")
     q, k, *lengths = tiles(device, head_dim=head_dim)
     check(q.to(dtype), k.to(dtype), *lengths)
 

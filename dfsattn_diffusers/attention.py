@@ -136,7 +136,8 @@ def sparse_attention(
     pools = None
     if tail is not None:
         lengths = layout.lengths(tail_pool, text_lengths)
-        pools = pool_tail(k, v, pool=tail_pool, lengths=lengths, moment=tail == "moment")
+        energy = _energy(q, layout, scale) if tail == "moment" else None
+        pools = pool_tail(k, v, pool=tail_pool, lengths=lengths, energy=energy)
     out = q.new_empty(batch, layout.geometry.tokens, heads, head_dim)
     block_sparse_attention(
         q,
@@ -190,6 +191,14 @@ def _spread(
         pools_per_key_block=layout.key_block // pool,
         scale=scale,
     )
+
+
+def _energy(q: Tensor, layout: TokenLayout, scale: float) -> Tensor:
+    """Mean squares of the video's scaled queries, `[B, H, D]` float32, from every 16th of them."""
+    sample = q[:, :, : layout.geometry.video_tokens : 16]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(sample, dim=2, dtype=wide)
+    return norms.square_().mul_(scale**2 / sample.shape[2]).float()
 
 
 def _select(

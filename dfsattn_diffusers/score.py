@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .kernels import Tail, pool_tail
+from .kernels import pool_moments
 from .kernels.fast import fast
 
 # Largest slice of the tile affinity that is in memory at a time.
@@ -102,18 +102,18 @@ def pool_spread(
     Returns:
         `[B, H, nQ, nK]` float32, not negative; 0 for blocks without keys or queries.
     """
-    queries = _moments(q, query_lengths)
-    energy = queries.variance.float() + queries.keys.float().square()
+    mean, variance = _moments(q, query_lengths)
+    energy = variance + mean.square()
     weight = pool_lengths.float().unflatten(1, (-1, pools_per_key_block))
     weight = (weight / weight.sum(2, keepdim=True).clamp(min=1))[:, None, ..., None]
 
     def of_blocks(x):
-        variance = _moments(x, pool_lengths).variance.float()
-        return (variance.unflatten(2, (-1, pools_per_key_block)) * weight).sum(3)
+        _, variance = _moments(x, pool_lengths)
+        return (variance.unflatten(2, (-1, pools_per_key_block)) * weight).sum(3).float()
 
     values = of_blocks(v).sum(-1)
-    return (energy @ of_blocks(k).transpose(2, 3) * values[:, :, None]).sqrt_().mul_(scale)
+    return (energy.float() @ of_blocks(k).transpose(2, 3) * values[:, :, None]).sqrt_().mul_(scale)
 
 
-def _moments(x: Tensor, lengths: Tensor) -> Tail:
-    return pool_tail(x, x, pool=x.shape[2] // lengths.shape[1], lengths=lengths, moment=True)
+def _moments(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    return pool_moments(x, pool=x.shape[2] // lengths.shape[1], lengths=lengths)

@@ -199,8 +199,7 @@ class DFSAttnConfig:
     @property
     def tail_cost(self) -> float:
         """Work for a key that is not kept, relative to one that is: 0 where it is dropped."""
-        products = {None: 0.0, "mean": 1.0, "moment": 1.5}[self.tail]
-        return products / self.tail_pool
+        return 0.0 if self.tail is None else 1 / self.tail_pool
 
     def per_call(self) -> dict[str, Any]:
         """Fields that every sparse attention call is made with, under their names."""

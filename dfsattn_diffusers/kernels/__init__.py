@@ -3,7 +3,7 @@
 from .api import block_sparse_attention, explain, list_backends
 from .block_map import BlockMap, PackedBlockMap
 from .quantize import Quantized, quantize
-from .tail import Tail, pool_tail
+from .tail import Tail, pool_moments, pool_tail
 
 __all__ = [
     "BlockMap",
@@ -13,6 +13,7 @@ __all__ = [
     "block_sparse_attention",
     "explain",
     "list_backends",
+    "pool_moments",
     "pool_tail",
     "quantize",
 ]

@@ -272,9 +272,7 @@ def _check_tail(q: Tensor, tail: Tail, block_map: BlockMap) -> None:
             f"divides {block_map.key_block}, got {pools} in all"
         )
     wanted = dict.fromkeys(("keys", "values"), ([batch, heads, pools, head_dim], q.dtype))
-    if tail.variance is not None:
-        wanted["variance"] = wanted["keys"]
-    wanted["log_counts"] = [batch, pools], torch.float32
+    wanted["bias"] = [batch, heads, pools], torch.float32
     for name, (shape, dtype) in wanted.items():
         x = getattr(tail, name)
         if (list(x.shape), x.dtype, x.device) != (shape, dtype, q.device):

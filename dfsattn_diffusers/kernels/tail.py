@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,57 +23,96 @@ class Tail:
 
     Attributes:
         keys, values: `[B, H, P, D]` means over real tokens, in the keys' dtype; 0 for empty pools.
-        log_counts: `[B, P]` float32, log of the real tokens; -inf for an empty pool.
-        variance: `[B, H, P, D]` population variance of the keys in their dtype, or None.
+        bias: `[B, H, P]` float32, to be added to a pool's logits; -inf for an empty pool.
     """
 
     keys: Tensor
     values: Tensor
-    log_counts: Tensor
-    variance: Tensor | None = None
+    bias: Tensor
 
 
-def pool_tail(k: Tensor, v: Tensor, *, pool: int, lengths: Tensor, moment: bool) -> Tail:
+def pool_tail(
+    k: Tensor, v: Tensor, *, pool: int, lengths: Tensor, energy: Tensor | None = None
+) -> Tail:
     """Pool keys and values.
+
+    The bias of a pool of `n` keys is `log n`, and with the queries' energy `+ log cosh s`,
+    `s = sqrt(sum_d energy_d var_d(k))`: the log-mean-exp of two equal halves of its keys whose
+    logits are `s` above and below their mean. That is `s^2 / 2` where the spread is small, as for
+    a normal distribution, and grows like `s` where it is not: there half the variance would let a
+    pool outweigh its own keys. One number for all queries of a head gains as much as one for each
+    query, which would take another product as large as that of the logits (docs/fidelity.md).
 
     Args:
         k, v: `[B, H, P * pool, D]`; what lies behind a pool's length is never used.
         pool: Keys of one pool.
         lengths: `[B or 1, P]` int32, real keys at the front of each pool.
-        moment: Also compute the variance of the keys.
+        energy: `[B, H, D]` float32, mean squares of the queries times the scale of the logits;
+            None leaves the spread of the keys aside.
 
     Raises:
         ValueError: Arguments do not fit each other.
     """
     _check_pools(k, v, pool, lengths)
-    log_counts = lengths.float().log().expand(k.shape[0], -1)
+    if energy is not None:
+        _check_energy(k, energy)
     kernels = fast("tail_kernels", k)
     if kernels and kernels.can_pool(k, v, pool):
-        keys, values, variance = kernels.pool(k, v, pool, lengths, moment)
-        return Tail(keys, values, log_counts, variance)
-    real = (torch.arange(pool, device=k.device) < lengths[..., None])[:, None, :, :, None]
-    count = lengths.clamp(min=1)[:, None, :, None]
-    wide = torch.promote_types(k.dtype, torch.float32)
+        return Tail(*kernels.pool(k, v, pool, lengths, energy))
+    bias = lengths.float().log()[:, None].expand(*k.shape[:2], -1)
+    if energy is not None:
+        _, variance = _moments(k, pool, lengths)
+        spread = (variance @ energy.to(variance.dtype)[..., None]).squeeze(-1).sqrt_()
+        bias = bias + (torch.logaddexp(spread, -spread) - math.log(2)).float()
+    mean, value = (_split(x, pool, lengths).sum(3) / _count(lengths) for x in (k, v))
+    return Tail(mean.to(k.dtype), value.to(v.dtype), bias)
 
-    def split(x):
-        return x.unflatten(2, (-1, pool)).to(wide).masked_fill(~real, 0)
 
-    keys = split(k)
-    mean, value, variance = keys.sum(3) / count, split(v).sum(3) / count, None
-    if moment:
-        centred = (keys - mean[:, :, :, None]).masked_fill_(~real, 0)
-        variance = centred.square_().sum(3) / count
-        variance = variance.clamp(max=torch.finfo(k.dtype).max).to(k.dtype)
-    return Tail(mean.to(k.dtype), value.to(v.dtype), log_counts, variance)
+def pool_moments(x: Tensor, *, pool: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population variance of the pools of `x`.
+
+    Args:
+        x: `[B, H, P * pool, D]`; what lies behind a pool's length is never used.
+        pool: Rows of one pool.
+        lengths: `[B or 1, P]` int32, real rows at the front of each pool.
+
+    Returns:
+        Each `[B, H, P, D]`, float32 or wider; 0 for empty pools.
+
+    Raises:
+        ValueError: Arguments do not fit each other.
+    """
+    _check_pools(x, x, pool, lengths)
+    kernels = fast("tail_kernels", x)
+    if kernels and kernels.can_pool(x, x, pool):
+        return kernels.moments(x, pool, lengths)
+    return _moments(x, pool, lengths)
+
+
+def _moments(x: Tensor, pool: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    x = _split(x, pool, lengths)
+    mean = x.sum(3) / _count(lengths)
+    centred = (x - mean[:, :, :, None]).masked_fill_(~_real(pool, lengths), 0)
+    return mean, centred.square_().sum(3) / _count(lengths)
+
+
+def _split(x: Tensor, pool: int, lengths: Tensor) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.unflatten(2, (-1, pool)).to(wide).masked_fill(~_real(pool, lengths), 0)
+
+
+def _real(pool: int, lengths: Tensor) -> Tensor:
+    return (torch.arange(pool, device=lengths.device) < lengths[..., None])[:, None, :, :, None]
+
+
+def _count(lengths: Tensor) -> Tensor:
+    return lengths.clamp(min=1)[:, None, :, None]
 
 
 def add_tail(call: AttentionCall) -> None:
     """Let the tail's pools of every block that a row does not keep join its softmax, in place.
 
-    A pool of `n` keys has the logit `scale * q . mean(k) + log n`, and with a variance
-    `+ log cosh s`, `s = scale * sqrt(sum_d q_d^2 var_d(k))`: the log-mean-exp of two equal halves
-    at `-s` and `s`. That is `s^2 / 2` where the spread is small, as for a normal distribution, and
-    grows like `s` where it is not: there half the variance would let a pool outweigh its own keys.
+    A pool has the logit `scale * q . mean(k) + bias`.
 
     Args:
         call: Done, with its tail and log-sum-exp; `out` and `lse` are updated.
@@ -88,7 +128,6 @@ def add_tail(call: AttentionCall) -> None:
     batch, heads, num_queries, _ = call.q.shape
     pools, size = tail.keys.shape[2], block_map.query_block
     keys, values = (x.to(wide) for x in (tail.keys, tail.values))
-    variance = None if tail.variance is None else tail.variance.to(wide)
     dropped = ~block_map.to_mask()
     order, out = call.output_order, call.out
     if order is not None:
@@ -98,20 +137,13 @@ def add_tail(call: AttentionCall) -> None:
     for start in range(0, block_map.counts.shape[2], rows):
         part = slice(start * size, min((start + rows) * size, num_queries))
         q, lse = call.q[:, :, part].to(wide), call.lse[:, :, part, None]
-        logits = (q @ keys.transpose(2, 3)).mul_(call.scale).add_(tail.log_counts[:, None, None])
-        spread = None
-        if tail.variance is not None:
-            spread = (q.square() @ variance.transpose(2, 3)).sqrt_().mul_(call.scale)
-            # The upper of a pool's two halves; the other's weight joins below.
-            logits += spread
+        logits = (q @ keys.transpose(2, 3)).mul_(call.scale).add_(tail.bias[:, :, None])
         absent = dropped[:, :, start : start + rows].repeat_interleave(size, 2)[:, :, : q.shape[2]]
         absent = absent.repeat_interleave(pools // block_map.num_key_blocks, 3)
         logits.masked_fill_(~absent, float("-inf"))
         peak = torch.maximum(logits.amax(-1, keepdim=True), lse)
         peak = peak.masked_fill(peak == float("-inf"), 0)
         weights, kept = logits.sub_(peak).exp_(), (lse - peak).exp()
-        if spread is not None:
-            weights *= spread.mul_(-2).exp_().add_(1).mul_(0.5)
         total = weights.sum(-1, keepdim=True) + kept
         sums = out[:, :, part].to(wide) * kept + weights @ values
         out[:, :, part] = (sums / total).masked_fill_(total == 0, 0).to(out.dtype)
@@ -142,4 +174,13 @@ def _check_pools(k: Tensor, v: Tensor, pool: int, lengths: Tensor) -> None:
         raise ValueError(
             f"lengths must be int32 [{k.shape[0]} or 1, {pools}] on {k.device}, got "
             f"{lengths.dtype} {list(lengths.shape)} on {lengths.device}"
+        )
+
+
+def _check_energy(k: Tensor, energy: Tensor) -> None:
+    wanted = [*k.shape[:2], k.shape[-1]]
+    if (list(energy.shape), energy.dtype, energy.device) != (wanted, torch.float32, k.device):
+        raise ValueError(
+            f"energy must be torch.float32 {wanted} on {k.device}, got {energy.dtype} "
+            f"{list(energy.shape)} on {energy.device}"
         )

@@ -30,16 +30,14 @@ class LaunchSettings:
     num_stages: int
 
 
-# By compute capability, for means; 80 and 86 are not measured. On an H200, 24 x 119,040 x 128, at
-# density 0.1, 13.0 ms with pools of 32 and 7.6 with 64; 64 pools and 8 warps took 14.2 and 7.9.
+# By compute capability; 80 and 86 are not measured. On an H200, 24 x 119,040 x 128, at density
+# 0.1, 13.0 ms with pools of 32 and 7.6 with 64; 64 pools and 8 warps took 14.2 and 7.9.
 SETTINGS = {
     80: LaunchSettings(32, 8, 2),
     86: LaunchSettings(32, 8, 2),
     90: LaunchSettings(32, 4, 3),
 }
 SETTINGS |= {89: SETTINGS[86], 100: SETTINGS[80], 120: SETTINGS[86]}
-# For moments.
-MOMENT_SETTINGS = SETTINGS | {90: LaunchSettings(64, 8, 3)}
 
 
 @triton.jit(do_not_specialize=["H", "P", "stride_lengths"])
@@ -47,8 +45,10 @@ def pool_kernel(
     k,
     v,
     lengths,
+    energy,
     keys,
     values,
+    bias,
     variance,
     stride_kb,
     stride_kh,
@@ -61,9 +61,8 @@ def pool_kernel(
     P,
     SIZE: tl.constexpr,
     D: tl.constexpr,
-    MOMENT: tl.constexpr,
 ):
-    """One pool of one head."""
+    """One pool of one head: its tail or, without values, its moments."""
     i_p, i_bh = tl.program_id(0), tl.program_id(1)
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
     i_length = tl.load(lengths + i_b * stride_lengths + i_p)
@@ -72,23 +71,29 @@ def pool_kernel(
     m_n = o_n < i_length
     o_row = i_p.to(tl.int64) * SIZE + o_n
     o_d = tl.arange(0, D)
+    o_pool = i_bh.to(tl.int64) * P + i_p
     f_count = tl.maximum(i_length, 1).to(tl.float32)
     p_k = k + i_b * stride_kb + i_h * stride_kh + o_row[:, None] * stride_kn + o_d[None, :]
-    p_v = v + i_b * stride_vb + i_h * stride_vh + o_row[:, None] * stride_vn + o_d[None, :]
     # [SIZE, D]; padding may be NaN: it is not read
     b_k = tl.load(p_k, mask=m_n[:, None], other=0.0).to(tl.float32)
-    b_v = tl.load(p_v, mask=m_n[:, None], other=0.0).to(tl.float32)
     # [D]
     b_mean = tl.sum(b_k, 0) / f_count
-    o_out = (i_bh.to(tl.int64) * P + i_p) * D + o_d
-    tl.store(keys + o_out, b_mean.to(keys.dtype.element_ty))
-    tl.store(values + o_out, (tl.sum(b_v, 0) / f_count).to(values.dtype.element_ty))
-    if MOMENT:
-        b_k = tl.where(m_n[:, None], b_k - b_mean[None, :], 0.0)
-        b_variance = tl.sum(b_k * b_k, 0) / f_count
-        if variance.dtype.element_ty == tl.float16:
-            b_variance = tl.minimum(b_variance, 65504.0)
-        tl.store(variance + o_out, b_variance.to(variance.dtype.element_ty))
+    tl.store(keys + o_pool * D + o_d, b_mean.to(keys.dtype.element_ty))
+    b_k = tl.where(m_n[:, None], b_k - b_mean[None, :], 0.0)
+    b_variance = tl.sum(b_k * b_k, 0) / f_count
+    if v is None:
+        tl.store(variance + o_pool * D + o_d, b_variance)
+    else:
+        p_v = v + i_b * stride_vb + i_h * stride_vh + o_row[:, None] * stride_vn + o_d[None, :]
+        b_v = tl.load(p_v, mask=m_n[:, None], other=0.0).to(tl.float32)
+        b_v = tl.sum(b_v, 0) / f_count
+        tl.store(values + o_pool * D + o_d, b_v.to(values.dtype.element_ty))
+        f_bias = tl.log(i_length.to(tl.float32))
+        if energy is not None:
+            b_energy = tl.load(energy + i_bh.to(tl.int64) * D + o_d)
+            f_spread = tl.sqrt(tl.sum(b_energy * b_variance))
+            f_bias += f_spread + tl.log(0.5 + 0.5 * tl.exp(-2.0 * f_spread))
+        tl.store(bias + o_pool, f_bias)
 
 
 @triton.jit
@@ -104,45 +109,20 @@ def _kept(p_bits, i_block, N_BYTES, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _weigh(i_bits, b_count, POOLS: tl.constexpr, PER_BLOCK: tl.constexpr):
-    """Logarithm of the tokens that each pool of a step stands for, -inf in kept blocks."""
+def _hide(b_bias, i_bits, POOLS: tl.constexpr, PER_BLOCK: tl.constexpr):
+    """-inf for the pools of kept blocks."""
     m_kept = ((i_bits >> (tl.arange(0, POOLS) // PER_BLOCK)) & 1) > 0
-    return tl.where(m_kept, float("-inf"), b_count)
-
-
-@triton.jit
-def _join(b_q, b_square, b_k, b_v, b_variance, b_weight, b_out, b_max, b_sum, scale_log2, scale,
-          MOMENT: tl.constexpr):  # fmt: skip
-    """One step of the online softmax, in base 2."""
-    # [QUERIES, POOLS]
-    b_s = tl.dot(b_q, tl.trans(b_k)) * scale_log2 + b_weight[None, :]
-    if MOMENT:
-        b_spread = tl.sqrt(tl.dot(b_square, tl.trans(b_variance)) * scale) * 1.4426950408889634
-        # The upper of a pool's two halves; the other's weight joins below.
-        b_s += b_spread - 1.0
-    # [QUERIES]
-    b_new = tl.maximum(b_max, tl.max(b_s, 1))
-    b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
-    b_decay = tl.exp2(b_max - b_shift)
-    # [QUERIES, POOLS]
-    b_s -= b_shift[:, None]
-    b_p = tl.exp2(b_s)
-    if MOMENT:
-        b_p += tl.exp2(b_s - 2.0 * b_spread)
-    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-    b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None])
-    return b_out, b_new, b_sum
+    return tl.where(m_kept, float("-inf"), b_bias)
 
 
 @triton.jit(
-    do_not_specialize=["H", "N_Q", "P", "N_BLOCKS", "N_BYTES", "full_pools", "order_stride"]
+    do_not_specialize=["H", "N_Q", "P", "N_BLOCKS", "N_BYTES", "order_stride"]
 )
 def add_kernel(
     q,
     keys,
     values,
-    variance,
-    log_counts,
+    bias,
     out,
     lse,
     counts,
@@ -161,13 +141,10 @@ def add_kernel(
     P,
     N_BLOCKS,
     N_BYTES,
-    full_pools,
     D: tl.constexpr,
     QUERIES: tl.constexpr,
     POOLS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
-    SIZE: tl.constexpr,
-    MOMENT: tl.constexpr,
     ORDERED: tl.constexpr,
 ):
     """One query block of one head: its softmax goes on over the pools of what it does not keep."""
@@ -192,51 +169,38 @@ def add_kernel(
     # [QUERIES, D]
     b_q = tl.load(p_q + o_d[None, :], mask=m_q[:, None], other=0.0)
     b_out = tl.load(p_out + o_d[None, :], mask=m_out[:, None], other=0.0).to(tl.float32)
-    b_square = b_q
-    if MOMENT:
-        # Times the scale: squares of float16 stay within its range.
-        b_square = b_q.to(tl.float32)
-        b_square = (b_square * b_square * scale).to(b_q.dtype)
     # [QUERIES], in base 2
     b_max = tl.load(p_lse, mask=m_q, other=float("-inf")) * LOG2_E
     b_sum = tl.where(b_max == float("-inf"), 0.0, 1.0)
 
-    p_pools = i_bh.to(tl.int64) * P * D + o_d[None, :]
+    p_pools, p_bias = i_bh.to(tl.int64) * P * D + o_d[None, :], bias + i_bh.to(tl.int64) * P
     p_bits, scale_log2 = bits + i_row * N_BYTES, scale * LOG2_E
     BLOCKS: tl.constexpr = POOLS // PER_BLOCK
     # [POOLS]
     o_step = tl.arange(0, POOLS)
-    i_whole = full_pools // POOLS * POOLS
     # One step ahead: loads of bits are not pipelined.
     i_next = _kept(p_bits, 0, N_BYTES, BLOCKS)
-    for i_p in range(0, i_whole, POOLS):
-        b_weight = _weigh(i_next, tl.log2(1.0 * SIZE), POOLS, PER_BLOCK)
+    for i_p in range(0, P, POOLS):
+        m_p = i_p + o_step < P
+        b_bias = tl.load(p_bias + i_p + o_step, mask=m_p, other=float("-inf")) * LOG2_E
+        b_bias = _hide(b_bias, i_next, POOLS, PER_BLOCK)
         i_last = tl.minimum(i_p + POOLS, P - 1) // PER_BLOCK
         i_next = _kept(p_bits, i_last, N_BYTES, BLOCKS)
         # [POOLS, D]
         o_pool = p_pools + (i_p + o_step).to(tl.int64)[:, None] * D
-        b_k, b_v = tl.load(keys + o_pool), tl.load(values + o_pool)
-        b_variance = tl.load(variance + o_pool) if MOMENT else b_k
-        b_out, b_max, b_sum = _join(
-            b_q, b_square, b_k, b_v, b_variance, b_weight, b_out, b_max, b_sum, scale_log2, scale,
-            MOMENT,
-        )  # fmt: skip
-
-    # Pools of other lengths, and those behind the end.
-    for i_p in tl.range(i_whole, P, POOLS, num_stages=1):
-        m_p = i_p + o_step < P
-        b_count = tl.load(log_counts + i_b * P + i_p + o_step, mask=m_p, other=float("-inf"))
-        i_bits = _kept(p_bits, i_p // PER_BLOCK, N_BYTES, BLOCKS)
-        b_weight = _weigh(i_bits, b_count * LOG2_E, POOLS, PER_BLOCK)
-        # [POOLS, D]
-        o_pool = p_pools + (i_p + o_step).to(tl.int64)[:, None] * D
         b_k = tl.load(keys + o_pool, mask=m_p[:, None], other=0.0)
         b_v = tl.load(values + o_pool, mask=m_p[:, None], other=0.0)
-        b_variance = tl.load(variance + o_pool, mask=m_p[:, None], other=0.0) if MOMENT else b_k
-        b_out, b_max, b_sum = _join(
-            b_q, b_square, b_k, b_v, b_variance, b_weight, b_out, b_max, b_sum, scale_log2, scale,
-            MOMENT,
-        )  # fmt: skip
+        # [QUERIES, POOLS]
+        b_s = tl.dot(b_q, tl.trans(b_k)) * scale_log2 + b_bias[None, :]
+        # [QUERIES]
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_decay = tl.exp2(b_max - b_shift)
+        # [QUERIES, POOLS]
+        b_p = tl.exp2(b_s - b_shift[:, None])
+        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None])
+        b_max = b_new
 
     b_lse = (b_max + tl.log2(b_sum)) / LOG2_E
     tl.store(p_lse, b_lse, mask=m_q)
@@ -250,19 +214,14 @@ _INTERPRETED = not isinstance(add_kernel, triton.JITFunction)
 _DTYPES = (torch.float16, torch.float32) if _INTERPRETED else (torch.bfloat16, torch.float16)
 
 
-def settings_for(x: Tensor, moment: bool) -> LaunchSettings:
+def settings_for(x: Tensor) -> LaunchSettings:
     """The table's entry for x's device."""
-    table = MOMENT_SETTINGS if moment else SETTINGS
-    return table[max(known for known in table if known <= arch_of(x))]
+    return SETTINGS[max(known for known in SETTINGS if known <= arch_of(x))]
 
 
-def pools_per_step(
-    settings: LaunchSettings, head_dim: int, moment: bool, per_block: int
-) -> int:
+def pools_per_step(settings: LaunchSettings, per_block: int) -> int:
     """Pools of one loop step, at least those of one key block and at most those of 64."""
-    # Squares of queries and a third product take the registers of half the pools.
-    pools = settings.pools // 2 if moment and head_dim == 128 else settings.pools
-    return min(max(pools, per_block), 64 * per_block)
+    return min(max(settings.pools, per_block), 64 * per_block)
 
 
 def can_pool(k: Tensor, v: Tensor, pool: int) -> bool:
@@ -273,44 +232,49 @@ def can_pool(k: Tensor, v: Tensor, pool: int) -> bool:
 
 
 def pool(
-    k: Tensor, v: Tensor, size: int, lengths: Tensor, moment: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Means of keys and of values, and the variance of keys or None, read once.
+    k: Tensor, v: Tensor, size: int, lengths: Tensor, energy: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and bias of a tail, as `tail.pool_tail` says."""
+    batch, heads, pools = *k.shape[:2], lengths.shape[1]
+    keys = k.new_empty(batch, heads, pools, k.shape[-1])
+    values = torch.empty_like(keys)
+    bias = k.new_empty(batch, heads, pools, dtype=torch.float32)
+    energy = None if energy is None else energy.contiguous()
+    _pool(k, v, size, lengths, energy, keys, values, bias, None)
+    return keys, values, bias
 
-    Args:
-        k, v: `[B, H, P * size, D]`, last dimension contiguous.
-        size: Keys of one pool.
-        lengths: `[B or 1, P]` int32, real keys at the front of each pool.
-        moment: Whether to compute the variance.
 
-    Returns:
-        Each `[B, H, P, D]` in the inputs' dtype; 0 for a pool without keys.
-    """
+def moments(x: Tensor, size: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance, as `tail.pool_moments` says."""
+    mean = x.new_empty(*x.shape[:2], lengths.shape[1], x.shape[-1], dtype=torch.float32)
+    variance = torch.empty_like(mean)
+    _pool(x, None, size, lengths, None, mean, None, None, variance)
+    return mean, variance
+
+
+def _pool(k, v, size, lengths, energy, keys, values, bias, variance):
     batch, heads, _, head_dim = k.shape
     pools, lengths = lengths.shape[1], lengths.contiguous()
-    keys = k.new_empty(batch, heads, pools, head_dim)
-    values = torch.empty_like(keys)
-    variance = torch.empty_like(keys) if moment else None
     with torch.cuda.device_of(k):
         pool_kernel[pools, batch * heads](
             k,
             v,
             lengths,
+            energy,
             keys,
             values,
+            bias,
             variance,
             *k.stride()[:3],
-            *v.stride()[:3],
+            *(k if v is None else v).stride()[:3],
             pools if lengths.shape[0] > 1 else 0,
             heads,
             pools,
             SIZE=size,
             D=head_dim,
-            MOMENT=moment,
             num_warps=min(8, max(1, size * head_dim // 1024)),
             enable_fp_fusion=True,
         )
-    return keys, values, variance
 
 
 def can_add(call) -> bool:
@@ -327,8 +291,7 @@ def add(call) -> None:
     block_map, tail, size = call.block_map, call.tail, call.block_map.query_block
     batch, heads, num_queries, head_dim = call.q.shape
     pools, num_rows = tail.keys.shape[2], block_map.counts.shape[2]
-    moment = tail.variance is not None
-    settings = settings_for(call.q, moment)
+    settings = settings_for(call.q)
     order, order_stride = call.order_and_stride()
     per_block = pools // block_map.num_key_blocks
     with torch.cuda.device_of(call.q):
@@ -336,8 +299,7 @@ def add(call) -> None:
             call.q,
             tail.keys.contiguous(),
             tail.values.contiguous(),
-            None if tail.variance is None else tail.variance.contiguous(),
-            tail.log_counts.contiguous(),
+            tail.bias.contiguous(),
             call.out,
             call.lse,
             block_map.counts.contiguous(),
@@ -352,13 +314,10 @@ def add(call) -> None:
             pools,
             block_map.num_key_blocks,
             block_map.bits.shape[-1],
-            call.full_key_blocks * per_block,
             D=head_dim,
             QUERIES=size,
-            POOLS=pools_per_step(settings, head_dim, moment, per_block),
+            POOLS=pools_per_step(settings, per_block),
             PER_BLOCK=per_block,
-            SIZE=block_map.key_block // per_block,
-            MOMENT=moment,
             ORDERED=order is not None,
             num_warps=max(4, settings.num_warps * size // 128),
             num_stages=settings.num_stages,

@@ -20,7 +20,7 @@ ORDER = torch.arange(200, dtype=torch.int32)
 
 def tail(pools, dtype=torch.float32):
     x = torch.zeros(1, 2, pools, 64, dtype=dtype)
-    return Tail(x, x, torch.zeros(1, pools))
+    return Tail(x, x, torch.zeros(1, x.shape[1], pools))
 
 
 @pytest.mark.parametrize(

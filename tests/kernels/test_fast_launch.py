@@ -51,21 +51,19 @@ def builds(arch):
             s.num_stages,
             scores | dict(q=kind, k=kind),
         )
-    halves = dict.fromkeys(("q", "k", "v", "keys", "values", "variance", "out"), "*bf16")
-    halves |= dict(log_counts="*fp32", lse="*fp32", bits="*u8", scale="fp32")
+    halves = dict.fromkeys(("q", "k", "v", "keys", "values", "out"), "*bf16")
+    halves |= dict(bias="*fp32", energy="*fp32", lse="*fp32", bits="*u8", scale="fp32")
     halves |= dict.fromkeys(("lengths", "counts", "output_order"), "*i32")
-    for head_dim, moment in ((64, True), (128, False), (128, True)):
-        s = (tail_kernels.MOMENT_SETTINGS if moment else tail_kernels.SETTINGS)[arch]
+    for head_dim in (64, 128):
+        s = tail_kernels.SETTINGS[arch]
         yield compile_for(
             arch,
             tail_kernels.add_kernel,
             dict(
                 D=head_dim,
                 QUERIES=128,
-                POOLS=tail_kernels.pools_per_step(s, head_dim, moment, per_block=4),
+                POOLS=tail_kernels.pools_per_step(s, per_block=4),
                 PER_BLOCK=4,
-                SIZE=32,
-                MOMENT=moment,
                 ORDERED=True,
             ),
             s.num_warps,
@@ -76,16 +74,21 @@ def builds(arch):
                 if name in tail_kernels.add_kernel.arg_names
             },
         )
-    for size, warps in ((32, 4), (128, 8)):
+    pooled = halves | dict(variance="*fp32")
+    for size, warps, nothing in (
+        (32, 4, ["variance"]),
+        (128, 8, ["variance"]),
+        (64, 8, ["v", "energy", "values", "bias"]),
+    ):
         yield compile_for(
             arch,
             tail_kernels.pool_kernel,
-            dict(SIZE=size, D=128, MOMENT=True),
+            dict(SIZE=size, D=128) | dict.fromkeys(nothing),
             warps,
             types={
                 name: kind
-                for name, kind in halves.items()
-                if name in tail_kernels.pool_kernel.arg_names
+                for name, kind in pooled.items()
+                if name in tail_kernels.pool_kernel.arg_names and name not in nothing
             },
         )
     lack = dict(out="*bf16", residual="*bf16", slots="*i32")

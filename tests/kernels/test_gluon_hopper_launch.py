@@ -167,7 +167,7 @@ def compile_for_hopper(head_dim, key_block, dtype, everything, pool=0, **changes
         output_order=ints if everything else None, order_stride=300 if everything else None,
         pool_keys=backend._describe(x, key_block) if pool else None,
         pool_values=backend._describe(x, key_block) if pool else None,
-        log_counts=floats if pool else None, bits=ints.to(torch.uint8) if pool else None,
+        bias=floats if pool else None, bits=ints.to(torch.uint8) if pool else None,
     )
     constants = dict(
         D=head_dim, ROWS=64, KEYS=key_block, STAGES=settings.num_stages, EARLY=settings.early,

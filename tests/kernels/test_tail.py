@@ -1,5 +1,6 @@
 """The tail: pooling, and the pass that adds the pools, against float64 and in every backend."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from kernel_cases import (
     some_full_rows,
 )
 
-from dfsattn_diffusers.kernels import BlockMap, Tail, pool_tail
+from dfsattn_diffusers.kernels import BlockMap, Tail, pool_moments, pool_tail
 from dfsattn_diffusers.kernels import tail as tail_module
 
 tail_kernels = pytest.importorskip("dfsattn_diffusers.kernels.tail_kernels")
@@ -43,20 +44,21 @@ def pool_lengths(p, pool):
 
 def tail_of(p, pool, moment):
     padded = (torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % p.key_block)) for x in (p.k, p.v))
-    return pool_tail(*padded, pool=pool, lengths=pool_lengths(p, pool), moment=moment)
+    scale = p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
+    energy = (p.q.float().nan_to_num(0) * scale).square().mean(2) if moment else None
+    return pool_tail(*padded, pool=pool, lengths=pool_lengths(p, pool), energy=energy)
 
 
-def exact(p, tail, dtype, moment):
+def exact(p, tail, dtype):
     """Output and log-sum-exp by one softmax over kept keys and the pools of all others."""
-    return p.by_parts(lambda part, at: exact_part(part, part_of(tail, at), dtype, moment))
+    return p.by_parts(lambda part, at: exact_part(part, part_of(tail, at), dtype))
 
 
 def part_of(tail, at):
-    variance = None if tail.variance is None else tail.variance[at]
-    return Tail(tail.keys[at], tail.values[at], tail.log_counts[at[0]], variance)
+    return Tail(tail.keys[at], tail.values[at], tail.bias[at])
 
 
-def exact_part(p, tail, dtype, moment):
+def exact_part(p, tail, dtype):
     real = p.real_keys()
     keys, values, means, sums = (x.to(dtype) for x in (p.k, p.v, tail.keys, tail.values))
     keys, values = (x.masked_fill(~real[:, None, :, None], 0) for x in (keys, values))
@@ -66,10 +68,7 @@ def exact_part(p, tail, dtype, moment):
     dropped = ~rows.repeat_interleave(means.shape[2] // p.mask.shape[3], 3)
     q = p.q.to(dtype)
     logits = (q @ keys.transpose(2, 3) * scale).masked_fill(~kept, -torch.inf)
-    pools = q @ means.transpose(2, 3) * scale + tail.log_counts.to(dtype)[:, None, None]
-    if moment:
-        spread = scale * (q.square() @ tail.variance.to(dtype).transpose(2, 3)).sqrt()
-        pools = pools + torch.logaddexp(spread, -spread) - torch.log(torch.tensor(2.0, dtype=dtype))
+    pools = q @ means.transpose(2, 3) * scale + tail.bias.to(dtype)[:, :, None]
     both = torch.cat([logits, pools.masked_fill(~dropped, -torch.inf)], -1)
     weights = both.softmax(-1).nan_to_num(0)
     return weights @ torch.cat([values, sums], 2), both.logsumexp(-1)
@@ -78,7 +77,7 @@ def exact_part(p, tail, dtype, moment):
 def check(p, pool, moment, backend="reference"):
     tail = tail_of(p, pool, moment)
     out, lse = p.run(backend, tail=tail, return_lse=True)
-    wanted, eager = exact(p, tail, torch.float64, moment), exact(p, tail, p.q.dtype, moment)
+    wanted, eager = exact(p, tail, torch.float64), exact(p, tail, p.q.dtype)
     assert_close(out, wanted[0], eager[0])
     assert_close(lse, wanted[1], eager[1])
     assert torch.equal(p.run(backend, tail=tail), out)
@@ -150,32 +149,46 @@ def test_pooling(device, way, dtype, pool, head_dim):
     k, v = torch.randn(2, 2, 9 * pool, 3, head_dim, generator=make) * 3 + 1
     real = (torch.arange(pool) < lengths[..., None]).flatten(1)[..., None, None]
     k, v = (x.masked_fill(~real, torch.nan).to(device, dtype).transpose(1, 2) for x in (k, v))
-    tail = pool_tail(k, v, pool=pool, lengths=lengths.to(device), moment=True)
+    energy = torch.rand(2, 3, head_dim, generator=make) * 0.2
+    arguments = dict(pool=pool, lengths=lengths.to(device))
+    tail = pool_tail(k, v, **arguments, energy=energy.to(device))
+    means, variances = pool_moments(k, **arguments)
     assert isinstance(tail, Tail) and tail.keys.dtype == dtype
+    assert means.dtype == variances.dtype == tail.bias.dtype == torch.float32
+    # Sums are float32, of numbers up to about 16.
+    rounding = 128 * torch.finfo(torch.float32).eps
     for b, i in torch.cartesian_prod(torch.arange(2), torch.arange(9)).tolist():
         n = lengths[b, i]
+        got = tail.keys, tail.values, means, variances
+        got = [x[b, :, i].double().cpu() for x in got]
+        bias = tail.bias[b, :, i].double().cpu()
+        if n == 0:
+            assert not torch.stack(got).any() and (bias == -torch.inf).all()
+            continue
         keys, values = (x[b, :, i * pool : i * pool + n].double().cpu() for x in (k, v))
-        wanted = [keys.mean(1), values.mean(1), (keys - keys.mean(1, True)).square().mean(1)]
-        for got, exact in zip((tail.keys, tail.values, tail.variance), wanted, strict=True):
-            got = got[b, :, i].double().cpu()
-            if n == 0:
-                assert not got.any()
-                continue
-            # Sums are float32, of numbers up to about 16.
-            rounding = 128 * torch.finfo(torch.float32).eps
-            torch.testing.assert_close(got, exact, rtol=torch.finfo(dtype).eps, atol=rounding)
-        assert tail.log_counts[b, i].item() == pytest.approx(n.log().item(), rel=1e-6)
-    none = pool_tail(k, v, pool=pool, lengths=lengths.to(device), moment=False)
-    assert none.variance is None and torch.equal(none.keys, tail.keys)
+        variance = (keys - keys.mean(1, True)).square().mean(1)
+        wanted = [keys.mean(1), values.mean(1), keys.mean(1), variance]
+        for x, exact, eps in zip(got, wanted, [torch.finfo(dtype).eps] * 2 + [1e-6] * 2):
+            torch.testing.assert_close(x, exact, rtol=eps, atol=rounding)
+        spread = (energy[b].double() * variance).sum(-1).sqrt()
+        torch.testing.assert_close(bias, n.log() + spread.cosh().log(), rtol=1e-5, atol=1e-5)
+    none = pool_tail(k, v, **arguments)
+    torch.testing.assert_close(none.bias, lengths.to(device).log()[:, None].expand(2, 3, 9))
+    assert torch.equal(none.keys, tail.keys)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_moment_knows_two_clusters_exactly(device, way):
-    """Where half the variance, a normal distribution's correction, would run away."""
+    """Where half the variance, a normal distribution's correction, would run away.
+
+    And where all queries have one energy: the correction is one number for all of them.
+    """
     p = problem(device, dtype_of(device, way), num_queries=256)
     k, v = (x[:, :, ::32].repeat_interleave(32, 2) for x in (p.k, p.v))
     k[..., 3] += 6 * (torch.arange(256, device=device) % 2 * 2 - 1)
-    p = replace(p, k=k.round(), v=v)
+    q = p.q.clone()
+    q[..., 3] = q[..., 3].sign()
+    p = replace(p, q=q, k=k.round(), v=v)
     dense = replace(p, mask=torch.ones_like(p.mask))
     wanted, eager = dense.dense(torch.float64), dense.dense(p.q.dtype)
     out, lse = p.run("reference", tail=tail_of(p, 32, True), return_lse=True)
@@ -196,8 +209,11 @@ def test_variance_beyond_the_range_of_float16(way):
     k = torch.tensor([-900.0, 900.0], dtype=torch.float16).repeat(8)[None, None, :, None]
     k = k.expand(1, 1, 16, 64).contiguous()
     lengths = torch.full((1, 1), 16, dtype=torch.int32)
-    tail = pool_tail(k, k, pool=16, lengths=lengths, moment=True)
-    assert (tail.variance == torch.finfo(torch.float16).max).all()
+    _, variance = pool_moments(k, pool=16, lengths=lengths)
+    assert (variance == 810_000).all()
+    # Spread 900: its hyperbolic cosine is beyond float32.
+    tail = pool_tail(k, k, pool=16, lengths=lengths, energy=torch.full((1, 1, 64), 1 / 64))
+    assert tail.bias.item() == pytest.approx(900 + math.log(16) - math.log(2), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -209,10 +225,11 @@ def test_variance_beyond_the_range_of_float16(way):
         (dict(pool=0), "pool must be a positive int"),
         (dict(lengths=torch.zeros(1, 3).int()), r"lengths must be int32 \[1 or 1, 2\] on cpu, got"),
         (dict(lengths=torch.zeros(1, 2)), r"lengths must be int32 .* got torch.float32 \[1, 2\]"),
+        (dict(energy=torch.zeros(1, 64)), r"energy must be torch.float32 \[1, 2, 64\] on cpu, got"),
     ],
 )
 def test_bad_input_of_pooling(changes, message):
     x = torch.zeros(1, 2, 64, 64)
-    arguments = dict(k=x, v=x, pool=32, lengths=torch.zeros(1, 2).int(), moment=True) | changes
+    arguments = dict(k=x, v=x, pool=32, lengths=torch.zeros(1, 2).int()) | changes
     with pytest.raises(ValueError, match=message):
         pool_tail(arguments.pop("k"), arguments.pop("v"), **arguments)

@@ -6,19 +6,11 @@ A tile holds as many pools as a key block has keys: those of `POOL` key blocks, 
 
 from __future__ import annotations
 
-import math
-
 from . import _hopper_rings as rings
 from ._hopper_rings import gl, gluon
 
 # Whole bytes of a row's bits for every tile, and one register for them.
 SIZES = (8, 16, 32, 64)
-
-
-@gluon.constexpr_function
-def log2_of(pool):
-    """The weight of a full pool, in base 2."""
-    return math.log2(pool)
 
 
 @gluon.jit
@@ -40,10 +32,11 @@ def fetch_pools(k_ring, v_ring, i_tile, i_end, keys, values, i_b, i_h):
 
 
 @gluon.jit
-def row_at(bits, log_counts, i_bh, i_b, i_q, NUM_ROWS, NUM_BLOCKS, PER_BLOCK: gl.constexpr):
-    """Where a row's bits are, and its logarithms of the pools' keys."""
+def row_at(bits, bias, i_bh, i_q, NUM_ROWS, NUM_BLOCKS, POOLS: gl.constexpr, POOL: gl.constexpr):
+    """Where a row's bits are, and its head's bias of each pool."""
     i_row = (i_bh * NUM_ROWS + i_q).to(gl.int64)
-    return bits + i_row * ((NUM_BLOCKS + 7) // 8), log_counts + i_b * NUM_BLOCKS * PER_BLOCK
+    p_bias = bias + i_bh.to(gl.int64) * num_tiles(0, NUM_BLOCKS, POOL) * POOLS
+    return bits + i_row * ((NUM_BLOCKS + 7) // 8), p_bias
 
 
 @gluon.jit
@@ -60,12 +53,11 @@ def kept_bits(p_bits, i, NUM_BLOCKS, POOL: gl.constexpr):
 
 
 @gluon.jit
-def weigh(b_s, i_bits, p_log_counts, i, i_full, NUM_BLOCKS, scale_log2, POOL: gl.constexpr):
-    """Logits of the i-th tile, to which the weight of a full pool is still to be added.
+def weigh(b_s, i_bits, p_bias, i, scale_log2, POOL: gl.constexpr):
+    """Logits of the i-th tile with each pool's bias, before the scale.
 
     Args:
         i_bits: The key blocks to hide, as `kept_bits` has them.
-        i_full: Pools of tiles before this one are full.
     """
     LOGITS: gl.constexpr = b_s.type.layout
     POOLS: gl.constexpr = b_s.shape[1]
@@ -76,13 +68,7 @@ def weigh(b_s, i_bits, p_log_counts, i, i_full, NUM_BLOCKS, scale_log2, POOL: gl
     o_step = gl.arange(0, POOLS, gl.SliceLayout(0, LOGITS))
     o_block = o_step // PER_BLOCK
     m_kept = (((i_bits >> (o_block % GROUP)) >> (o_block // GROUP * GROUP)) & 1) != 0
+    b_bias = gl.load(p_bias + i * POOLS + o_step)
+    b_bias = gl.where(m_kept, float("-inf"), b_bias * (1.4426950408889634 / scale_log2))
     # [ROWS, POOLS]
-    b_s = gl.where(m_kept[None, :], float("-inf"), b_s)
-    if i >= i_full:
-        # Short pools weigh less, those behind the end nothing.
-        o_pool = i * POOLS + o_step
-        m_pool = o_pool < NUM_BLOCKS * PER_BLOCK
-        b_log = gl.load(p_log_counts + o_pool, mask=m_pool, other=float("-inf"))
-        b_less = (b_log * 1.4426950408889634 - log2_of(POOL)) * (1.0 / scale_log2)
-        b_s += b_less[None, :]
-    return b_s
+    return b_s + b_bias[None, :]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import AttentionCall, capability
 from . import _hopper_rings as rings
@@ -81,7 +82,7 @@ def _as_operand(b_p, DTYPE: gl.constexpr, OUT: gl.constexpr):
 
 @gluon.jit
 def _attend(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_end, scale_log2,
-            p_bits, p_log_counts, NUM_BLOCKS, full_key_blocks,
+            p_bits, p_bias, NUM_BLOCKS,
             W: gl.constexpr, EARLY: gl.constexpr, POOL: gl.constexpr):
     """Tiles `i_tile` to `i_end` of the rings, values one step after keys.
 
@@ -92,13 +93,12 @@ def _attend(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_end, scale_log2,
     DTYPE: gl.constexpr = b_q.dtype
     if POOL > 0:
         i_bits = tails.kept_bits(p_bits, 0, NUM_BLOCKS, POOL)
-        i_full = full_key_blocks // POOL
     b_s = multiply_keys(b_q, rings.receive(k_ring, i_tile), LOGITS)
     # [ROWS, KEYS]
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     rings.release(k_ring, i_tile)
     if POOL > 0:
-        b_s = tails.weigh(b_s, i_bits, p_log_counts, 0, i_full, NUM_BLOCKS, scale_log2, POOL)
+        b_s = tails.weigh(b_s, i_bits, p_bias, 0, scale_log2, POOL)
     b_p, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, POOL > 0)
     b_p = _as_operand(b_p, DTYPE, OUT)
     if POOL > 0:
@@ -122,9 +122,7 @@ def _attend(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_end, scale_log2,
         b_s = warpgroup_mma_wait(1, deps=[b_s])
         rings.release(k_ring, i)
         if POOL > 0:
-            b_s = tails.weigh(
-                b_s, i_bits, p_log_counts, i - i_tile, i_full, NUM_BLOCKS, scale_log2, POOL
-            )
+            b_s = tails.weigh(b_s, i_bits, p_bias, i - i_tile, scale_log2, POOL)
         b_next, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, POOL > 0)
         b_next = _as_operand(b_next, DTYPE, OUT)
         if EARLY:
@@ -174,7 +172,7 @@ def _attend_masked(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_keys, sca
 @gluon.jit
 def _consume(
     q_ring, k_ring, v_ring, out, lse, rows, counts, indices, key_lengths, output_order,
-    order_stride, bits, log_counts, scale_log2, stride_ob, stride_oh, stride_on,
+    order_stride, bits, bias, scale_log2, stride_ob, stride_oh, stride_on,
     H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
     W: gl.constexpr, HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
     EARLY: gl.constexpr, POOL: gl.constexpr,
@@ -208,7 +206,7 @@ def _consume(
         if i_whole > 0:
             b_out, b_max, b_sum = _attend(
                 b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_tile + i_whole, scale_log2,
-                None, None, NUM_BLOCKS, full_key_blocks, W, EARLY, 0,
+                None, None, NUM_BLOCKS, W, EARLY, 0,
             )
         for i in range(i_whole, i_count):
             i_block = block_at(p_blocks, i, i_listed)
@@ -223,16 +221,13 @@ def _consume(
         if POOL > 0:
             i_pools = tails.num_tiles(i_count, NUM_BLOCKS, POOL)
             if i_pools > 0:
-                p_bits, p_log_counts = tails.row_at(
-                    bits, log_counts, i_bh, i_b, i_q, NUM_ROWS, NUM_BLOCKS, KEYS // POOL
+                p_bits, p_bias = tails.row_at(
+                    bits, bias, i_bh, i_q, NUM_ROWS, NUM_BLOCKS, KEYS, POOL
                 )
-                # All is relative to the weight of a full pool meanwhile.
                 b_out, b_max, b_sum = _attend(
-                    b_q_for_pools, k_ring, v_ring, b_out, b_max - tails.log2_of(POOL), b_sum,
-                    i_tile, i_tile + i_pools, scale_log2, p_bits, p_log_counts, NUM_BLOCKS,
-                    full_key_blocks, W, EARLY, POOL,
+                    b_q_for_pools, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_tile + i_pools,
+                    scale_log2, p_bits, p_bias, NUM_BLOCKS, W, EARLY, POOL,
                 )
-                b_max += tails.log2_of(POOL)
             i_tile += i_pools
         rings.release(q_ring, i_half)
         i_half += 2
@@ -251,7 +246,7 @@ def _consume(
 @gluon.jit(do_not_specialize=COUNTS)
 def block_sparse_kernel(
     q, k, v, out, lse, rows, counts, indices, key_lengths, output_order, order_stride,
-    pool_keys, pool_values, log_counts, bits, scale_log2, stride_ob, stride_oh, stride_on,
+    pool_keys, pool_values, bias, bits, scale_log2, stride_ob, stride_oh, stride_on,
     H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
     D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
@@ -267,13 +262,13 @@ def block_sparse_kernel(
         [
             (_consume, (
                 q_ring, k_ring, v_ring, out, lse, rows, counts, indices, key_lengths, output_order,
-                order_stride, bits, log_counts, scale_log2, stride_ob, stride_oh, stride_on, H,
+                order_stride, bits, bias, scale_log2, stride_ob, stride_oh, stride_on, H,
                 N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks, 0,
                 HAS_LENGTHS, ORDERED, WITH_LSE, EARLY, POOL,
             )),
             (_consume, (
                 q_ring, k_ring, v_ring, out, lse, rows, counts, indices, key_lengths, output_order,
-                order_stride, bits, log_counts, scale_log2, stride_ob, stride_oh, stride_on, H,
+                order_stride, bits, bias, scale_log2, stride_ob, stride_oh, stride_on, H,
                 N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks, 1,
                 HAS_LENGTHS, ORDERED, WITH_LSE, EARLY, POOL,
             )),
@@ -314,9 +309,9 @@ def refused(call: AttentionCall) -> str | None:
 
 
 def takes_tail(call: AttentionCall) -> bool:
-    """Whether the kernel reads the call's pools itself: means alone, of sizes that it knows."""
+    """Whether the kernel reads the call's pools itself: of sizes that it knows."""
     tail = call.tail
-    if tail is None or tail.variance is not None or _pool_size(call) not in tails.SIZES:
+    if tail is None or _pool_size(call) not in tails.SIZES:
         return False
     return _can_describe(tail.keys) and _can_describe(tail.values)
 
@@ -344,6 +339,11 @@ def _can_describe(x: Tensor) -> bool:
     """Whether the copy engine can read x: base and strides in multiples of 16 bytes."""
     strides = [stride * x.element_size() for stride in _strides(x)[:-1]]
     return x.data_ptr() % 16 == 0 and all(0 < s < 2**40 and s % 16 == 0 for s in strides)
+
+
+def _whole_tiles(bias: Tensor, pools: int) -> Tensor:
+    """Behind the last pool comes what weighs nothing: no load needs a mask."""
+    return F.pad(bias, (0, -bias.shape[-1] % pools), value=-math.inf).contiguous()
 
 
 def _describe(x: Tensor, rows: int) -> TensorDescriptor:
@@ -382,7 +382,7 @@ def launch(call: AttentionCall, settings: LaunchSettings) -> None:
             order, order_stride,
             None if tail is None else _describe(tail.keys, key_block),
             None if tail is None else _describe(tail.values, key_block),
-            None if tail is None else tail.log_counts.contiguous(),
+            None if tail is None else _whole_tiles(tail.bias, key_block),
             None if tail is None else block_map.bits,
             call.scale * math.log2(math.e),
             *call.out.stride()[:3],

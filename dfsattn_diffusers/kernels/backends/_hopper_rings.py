@@ -28,12 +28,13 @@ __all__ = [
 
 # The names of triton 3.9, else those of 3.6.
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
-# Gluon has no named barriers. Triton takes 0 to 3 here; 6 and 7 are the warpgroups' turns.
+# Gluon has no named barriers. Triton takes 0 to 3 here; 6 and 7 are the warpgroups' turns, at 5
+# they meet.
 _AWAIT_6 = gl.constexpr("bar.sync 6, 256; mov.b32 $0, $1;")
 _AWAIT_7 = gl.constexpr("bar.sync 7, 256; mov.b32 $0, $1;")
 _GRANT_6 = gl.constexpr("bar.arrive 6, 256; mov.b32 $0, $1;")
+_MEET = gl.constexpr("bar.sync 5, 256; mov.b32 $0, $1;")
 _GRANT_7 = gl.constexpr("bar.arrive 7, 256; mov.b32 $0, $1;")
 
 
@@ -116,18 +117,18 @@ def fetch(ring, i, source, i_b, i_h, i_row, i_column):
 
 
 @gluon.jit
-def clear_rows(b_tile, i_end):
-    """Zero a tile in shared memory from row `i_end` on."""
+def clear_rows(b_tile, i_end, W: gl.constexpr):
+    """Zero a tile in shared memory from row `i_end` on: each of two warpgroups its half."""
     SLICE: gl.constexpr = 32
-    ROWS: gl.constexpr = b_tile.shape[0]
+    HALF: gl.constexpr = b_tile.shape[0] // 2
     D: gl.constexpr = b_tile.shape[1]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
     o_n = gl.arange(0, SLICE, gl.SliceLayout(1, LAYOUT))
-    for START in gl.static_range(0, ROWS, SLICE):
+    for START in gl.static_range(W * HALF, W * HALF + HALF, SLICE):
         b_slice = b_tile.slice(START, SLICE)
-        # [SLICE, D]; the other warpgroup may read meanwhile: it has written the same bits.
+        # [SLICE, D]
         b_x = b_slice.load(LAYOUT)
         b_slice.store(gl.where((START + o_n < i_end)[:, None], b_x, 0.0).to(b_x.dtype))
     # The tensor cores read past the caches of ordinary stores.
     fence_async_shared()
-    _barrier()
+    _call(_MEET, i_end)

@@ -98,6 +98,51 @@ def produce(q_source, k_source, v_source, q_ring, k_ring, v_ring, rows, counts,
 
 
 @gluon.jit
+def real_keys(i, row, KEYS: gl.constexpr):
+    """Keys of the row's i-th block that are not padding."""
+    p_blocks, i_listed, N_K, p_lengths = row[3], row[4], row[5], row[6]
+    i_block = block_at(p_blocks, i, i_listed)
+    i_keys = N_K - i_block * KEYS
+    if p_lengths is not None:
+        i_keys = gl.minimum(i_keys, gl.load(p_lengths + i_block))
+    return i_keys
+
+
+@gluon.jit
+def bias_of(i, row, KEYS: gl.constexpr, scale_log2):
+    """What the logits of the row's i-th tile get before the scale, one column in each thread.
+
+    Args:
+        row: Its tiles, key blocks among them, whole ones among these; the blocks, how many of them
+            are listed, all keys, the blocks' lengths or None; and its pools or None.
+    """
+    COLUMNS: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    # [KEYS]
+    o_k = gl.arange(0, KEYS, COLUMNS)
+    b_bias = gl.full([KEYS], 0.0, gl.float32, COLUMNS)
+    if i < row[1]:
+        b_bias = gl.where(o_k < real_keys(i, row, KEYS), b_bias, float("-inf"))
+    elif row[7] is not None:
+        b_bias = tails.bias_of(i - row[1], o_k, row[7], scale_log2)
+    return b_bias
+
+
+@gluon.jit
+def add_bias(b_s, b_bias):
+    """-inf hides whatever the logit is: padding may be NaN."""
+    b_bias = gl.convert_layout(b_bias, gl.SliceLayout(0, b_s.type.layout))[None, :]
+    return gl.where(b_bias == float("-inf"), float("-inf"), b_s + b_bias)
+
+
+@gluon.jit
+def clear_padding(v_ring, i_ring, i, row, W: gl.constexpr):
+    """Padding of values may be NaN, and 0 * NaN is not 0."""
+    if (i >= row[2]) & (i < row[1]):
+        b_v = rings.receive(v_ring, i_ring)
+        rings.clear_rows(b_v, real_keys(i, row, b_v.shape[0]), W)
+
+
+@gluon.jit
 def multiply_keys(b_q, b_k, LOGITS: gl.constexpr):
     """Starts q times k transposed."""
     ROWS: gl.constexpr = b_q.shape[0]

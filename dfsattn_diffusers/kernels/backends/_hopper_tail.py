@@ -9,9 +9,6 @@ from __future__ import annotations
 from . import _hopper_rings as rings
 from ._hopper_rings import gl, gluon
 
-# Whole bytes of a row's bits for every tile, and one register for them.
-SIZES = (8, 16, 32, 64)
-
 
 @gluon.jit
 def num_tiles(i_count, NUM_BLOCKS, POOL: gl.constexpr):
@@ -32,43 +29,21 @@ def fetch_pools(k_ring, v_ring, i_tile, i_end, keys, values, i_b, i_h):
 
 
 @gluon.jit
-def row_at(bits, bias, i_bh, i_q, NUM_ROWS, NUM_BLOCKS, POOLS: gl.constexpr, POOL: gl.constexpr):
-    """Where a row's bits are, and its head's bias of each pool."""
-    i_row = (i_bh * NUM_ROWS + i_q).to(gl.int64)
-    p_bias = bias + i_bh.to(gl.int64) * num_tiles(0, NUM_BLOCKS, POOL) * POOLS
-    return bits + i_row * ((NUM_BLOCKS + 7) // 8), p_bias
+def row_at(bits, bias, i_bh, i_q, NUM_ROWS, NUM_BLOCKS, KEYS: gl.constexpr, POOL: gl.constexpr):
+    """Where a row's bits are, its head's bias of each pool, key blocks, and pools of each."""
+    PER_BLOCK: gl.constexpr = KEYS // POOL
+    p_bits = bits + (i_bh * NUM_ROWS + i_q).to(gl.int64) * ((NUM_BLOCKS + 7) // 8)
+    return p_bits, bias + i_bh.to(gl.int64) * NUM_BLOCKS * PER_BLOCK, NUM_BLOCKS, PER_BLOCK
 
 
 @gluon.jit
-def kept_bits(p_bits, i, NUM_BLOCKS, POOL: gl.constexpr):
-    """A number whose bits say which key blocks of the i-th tile the row keeps."""
-    WORD: gl.constexpr = gl.int64 if POOL > 32 else gl.int32
-    # Behind the row's last byte any will do: no pool is there.
-    i_last = (NUM_BLOCKS - 1) // 8
-    i_byte = i * (POOL // 8)
-    i_bits = gl.load(p_bits + gl.minimum(i_byte, i_last)).to(WORD)
-    for B in gl.static_range(1, POOL // 8):
-        i_bits |= gl.load(p_bits + gl.minimum(i_byte + B, i_last)).to(WORD) << (8 * B)
-    return i_bits
-
-
-@gluon.jit
-def weigh(b_s, i_bits, p_bias, i, scale_log2, POOL: gl.constexpr):
-    """Logits of the i-th tile with each pool's bias, before the scale.
-
-    Args:
-        i_bits: The key blocks to hide, as `kept_bits` has them.
-    """
-    LOGITS: gl.constexpr = b_s.type.layout
-    POOLS: gl.constexpr = b_s.shape[1]
-    PER_BLOCK: gl.constexpr = POOLS // POOL
-    # Blocks of 8 columns, over which the layout repeats: a thread's shift, then a constant.
-    GROUP: gl.constexpr = 8 // PER_BLOCK if PER_BLOCK < 8 else 1
-    # [POOLS]
-    o_step = gl.arange(0, POOLS, gl.SliceLayout(0, LOGITS))
-    o_block = o_step // PER_BLOCK
-    m_kept = (((i_bits >> (o_block % GROUP)) >> (o_block // GROUP * GROUP)) & 1) != 0
-    b_bias = gl.load(p_bias + i * POOLS + o_step)
-    b_bias = gl.where(m_kept, float("-inf"), b_bias * (1.4426950408889634 / scale_log2))
-    # [ROWS, POOLS]
-    return b_s + b_bias[None, :]
+def bias_of(i, o_k, pools, scale_log2):
+    """Bias of the i-th tile's pools, before the scale; -inf in kept blocks and behind the end."""
+    p_bits, p_bias, NUM_BLOCKS, PER_BLOCK = pools
+    o_pool = i * o_k.shape[0] + o_k
+    o_block = o_pool // PER_BLOCK
+    m_there = o_block < NUM_BLOCKS
+    b_bits = gl.load(p_bits + o_block // 8, mask=m_there, other=255).to(gl.int32)
+    b_bias = gl.load(p_bias + o_pool, mask=m_there, other=0.0)
+    b_bias *= 1.4426950408889634 / scale_log2
+    return gl.where((b_bits >> (o_block % 8)) & 1 != 0, float("-inf"), b_bias)

@@ -6,6 +6,8 @@ that weights go from one product's registers to the other's without being moved.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -24,10 +26,26 @@ from ._hopper_rows import (
     row_at,
     store_rows,
 )
-from .gluon_hopper import QUERY_BLOCK, LaunchSettings, refused
+from .gluon_hopper import QUERY_BLOCK, refused
 
 NAME = "gluon_fp8"
 PRECISION = "fp8"
+
+
+@dataclass(frozen=True)
+class LaunchSettings:
+    """How to launch the kernel.
+
+    Attributes:
+        num_stages: Slots of the rings of key and of value blocks.
+        persistent: One program per multiprocessor that takes row after row, not one per row.
+        early: Whether the wait for the next keys comes before the one for the last product.
+    """
+
+    num_stages: int
+    persistent: bool = True
+    early: bool = True
+
 
 # By head dim and key block; no others are measured yet.
 SETTINGS = {

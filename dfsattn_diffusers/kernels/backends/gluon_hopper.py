@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import AttentionCall, capability
 from . import _hopper_rings as rings
@@ -15,7 +13,9 @@ from . import _hopper_tail as tails
 from ._hopper_rings import TensorDescriptor, gl, gluon, warpgroup_mma, warpgroup_mma_wait
 from ._hopper_rows import (
     COUNTS,
-    block_at,
+    add_bias,
+    bias_of,
+    clear_padding,
     count_whole,
     multiply_keys,
     num_rounds,
@@ -30,35 +30,8 @@ QUERY_BLOCK = 128
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-@dataclass(frozen=True)
-class LaunchSettings:
-    """How to launch the kernel.
-
-    Attributes:
-        num_stages: Slots of the rings of key and of value blocks.
-        persistent: One program per multiprocessor that takes row after row, not one per row.
-        early: Whether the wait for the next keys comes before the one for the last product.
-    """
-
-    num_stages: int
-    persistent: bool = True
-    early: bool = True
-
-
-# By head dim and key block.
-SETTINGS = {
-    (128, 128): LaunchSettings(2, persistent=False, early=False),
-    (128, 64): LaunchSettings(3, persistent=False, early=False),
-    (64, 128): LaunchSettings(5, early=False),
-    (64, 64): LaunchSettings(6, early=False),
-}
-# Of calls whose tail the kernel reads: one program per row was fastest in every case timed.
-TAIL_SETTINGS = {
-    (128, 128): LaunchSettings(2, persistent=False),
-    (128, 64): LaunchSettings(3, persistent=False, early=False),
-    (64, 128): LaunchSettings(3, persistent=False, early=False),
-    (64, 64): LaunchSettings(6, persistent=False, early=False),
-}
+# Slots of the rings of key and of value tiles, by head dim and key block.
+STAGES = {(128, 128): 2, (128, 64): 3, (64, 128): 3, (64, 64): 6}
 
 
 @gluon.jit
@@ -81,91 +54,63 @@ def _as_operand(b_p, DTYPE: gl.constexpr, OUT: gl.constexpr):
 
 
 @gluon.jit
-def _attend(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_end, scale_log2,
-            p_bits, p_bias, NUM_BLOCKS,
-            W: gl.constexpr, EARLY: gl.constexpr, POOL: gl.constexpr):
-    """Tiles `i_tile` to `i_end` of the rings, values one step after keys.
+def _attend(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_first, i_end, row, scale_log2,
+            W: gl.constexpr, WHOLE: gl.constexpr, CLEAR: gl.constexpr):
+    """Tiles `i_first` to `i_end` of a row, values one step after keys.
 
-    They are whole key blocks or, where `POOL` is not 0, a row's tiles of pools.
+    Args:
+        i_tile: The row's first tile in the rings.
+        WHOLE: These are whole key blocks; others have a bias.
     """
     LOGITS: gl.constexpr = b_max.type.layout.parent
     OUT: gl.constexpr = b_out.type.layout
     DTYPE: gl.constexpr = b_q.dtype
-    if POOL > 0:
-        i_bits = tails.kept_bits(p_bits, 0, NUM_BLOCKS, POOL)
-    b_s = multiply_keys(b_q, rings.receive(k_ring, i_tile), LOGITS)
+    KEYS: gl.constexpr = k_ring[0].shape[1]
+    i = i_tile + i_first
+    b_s = multiply_keys(b_q, rings.receive(k_ring, i), LOGITS)
     # [ROWS, KEYS]
     b_s = warpgroup_mma_wait(0, deps=[b_s])
-    rings.release(k_ring, i_tile)
-    if POOL > 0:
-        b_s = tails.weigh(b_s, i_bits, p_bias, 0, scale_log2, POOL)
-    b_p, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, POOL > 0)
+    rings.release(k_ring, i)
+    if not WHOLE:
+        b_s = add_bias(b_s, bias_of(i_first, row, KEYS, scale_log2))
+    b_p, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, not WHOLE)
     b_p = _as_operand(b_p, DTYPE, OUT)
-    if POOL > 0:
-        # Pools come after blocks.
+    if not WHOLE:
+        # Whole blocks may have come before.
         b_out = b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, OUT))[:, None]
-    if EARLY:
-        rings.receive_if(i_tile + 1 < i_end, k_ring, i_tile + 1)
 
-    for i in range(i_tile + 1, i_end):
-        if not EARLY:
-            rings.receive(k_ring, i)
+    for i in range(i_tile + i_first + 1, i_tile + i_end):
+        if not WHOLE and CLEAR:
+            clear_padding(v_ring, i - 1, i - 1 - i_tile, row, W)
+        rings.receive(k_ring, i)
         # In turns: while one warpgroup multiplies, the other takes exponentials.
         rings.await_turn(W, i)
         b_s = multiply_keys(b_q, rings.slot(k_ring, i), LOGITS)
         b_out = warpgroup_mma(b_p, rings.receive(v_ring, i - 1), b_out, is_async=True)
         rings.grant_turn(1 - W, i)
-        if POOL > 0:
+        if not WHOLE:
             # In flight while the products run.
-            i_bits = tails.kept_bits(p_bits, i - i_tile, NUM_BLOCKS, POOL)
+            b_bias = bias_of(i - i_tile, row, KEYS, scale_log2)
         # [ROWS, KEYS]
         b_s = warpgroup_mma_wait(1, deps=[b_s])
         rings.release(k_ring, i)
-        if POOL > 0:
-            b_s = tails.weigh(b_s, i_bits, p_bias, i - i_tile, scale_log2, POOL)
-        b_next, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, POOL > 0)
+        if not WHOLE:
+            b_s = add_bias(b_s, b_bias)
+        b_next, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, not WHOLE)
         b_next = _as_operand(b_next, DTYPE, OUT)
-        if EARLY:
-            # ptxas does not move the wait for the product across this branch and its loop.
-            rings.receive_if(i + 1 < i_end, k_ring, i + 1)
         # [ROWS, D]
         b_out = warpgroup_mma_wait(0, deps=[b_out])
         rings.release(v_ring, i - 1)
         b_out = b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, OUT))[:, None]
         b_p = b_next
 
-    b_out = warpgroup_mma(b_p, rings.receive(v_ring, i_end - 1), b_out, is_async=True)
+    i_last = i_tile + i_end - 1
+    if not WHOLE and CLEAR:
+        clear_padding(v_ring, i_last, i_end - 1, row, W)
+    b_out = warpgroup_mma(b_p, rings.receive(v_ring, i_last), b_out, is_async=True)
     # [ROWS, D]
     b_out = warpgroup_mma_wait(0, deps=[b_out])
-    rings.release(v_ring, i_end - 1)
-    return b_out, b_max, b_sum
-
-
-@gluon.jit
-def _attend_masked(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_keys, scale_log2,
-                   CLEAR: gl.constexpr):
-    """One block, of which the first `i_keys` keys are real."""
-    LOGITS: gl.constexpr = b_max.type.layout.parent
-    OUT: gl.constexpr = b_out.type.layout
-    DTYPE: gl.constexpr = b_q.dtype
-    KEYS: gl.constexpr = k_ring[0].shape[1]
-    b_s = multiply_keys(b_q, rings.receive(k_ring, i_tile), LOGITS)
-    # [ROWS, KEYS]
-    b_s = warpgroup_mma_wait(0, deps=[b_s])
-    rings.release(k_ring, i_tile)
-    m_k = gl.arange(0, KEYS, gl.SliceLayout(0, LOGITS)) < i_keys
-    b_s = gl.where(m_k[None, :], b_s, float("-inf"))
-    b_p, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, True)
-    b_p = _as_operand(b_p, DTYPE, OUT)
-    b_out = b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, OUT))[:, None]
-    b_v = rings.receive(v_ring, i_tile)
-    if CLEAR:
-        # Padding may be NaN, and 0 * NaN is not 0.
-        rings.clear_rows(b_v, i_keys)
-    b_out = warpgroup_mma(b_p, b_v, b_out, is_async=True)
-    # [ROWS, D]
-    b_out = warpgroup_mma_wait(0, deps=[b_out])
-    rings.release(v_ring, i_tile)
+    rings.release(v_ring, i_last)
     return b_out, b_max, b_sum
 
 
@@ -175,7 +120,7 @@ def _consume(
     order_stride, bits, bias, scale_log2, stride_ob, stride_oh, stride_on,
     H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
     W: gl.constexpr, HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
-    EARLY: gl.constexpr, POOL: gl.constexpr,
+    POOL: gl.constexpr,
 ):
     """One of two warpgroups: its half of each row's queries against all that the row reads."""
     ROWS: gl.constexpr = q_ring[0].shape[1]
@@ -193,6 +138,14 @@ def _consume(
         )
         i_b, i_h = i_bh // H, i_bh % H
         i_whole = count_whole(p_blocks, i_count, i_listed, NUM_BLOCKS, full_key_blocks)
+        p_lengths, pools = None, None
+        if HAS_LENGTHS:
+            p_lengths = key_lengths + i_b * NUM_BLOCKS
+        i_end = i_count
+        if POOL > 0:
+            i_end = i_count + tails.num_tiles(i_count, NUM_BLOCKS, POOL)
+            pools = tails.row_at(bits, bias, i_bh, i_q, NUM_ROWS, NUM_BLOCKS, KEYS, POOL)
+        row = (i_end, i_count, i_whole, p_blocks, i_listed, N_K, p_lengths, pools)
         # [ROWS]
         b_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
         b_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LOGITS))
@@ -202,33 +155,17 @@ def _consume(
         # The same tile, since no count is negative. ptxas must not know: it would compute parts of
         # the tile's descriptor for whole blocks alone, and use them where there are none as well.
         b_q_again = rings.slot(q_ring, i_half + gl.where(i_count < 0, 1, 0))
-        b_q_for_pools = rings.slot(q_ring, i_half + gl.where(i_listed < 0, 1, 0))
         if i_whole > 0:
             b_out, b_max, b_sum = _attend(
-                b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_tile + i_whole, scale_log2,
-                None, None, NUM_BLOCKS, W, EARLY, 0,
+                b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, 0, i_whole, row, scale_log2,
+                W, True, HAS_LENGTHS,
             )
-        for i in range(i_whole, i_count):
-            i_block = block_at(p_blocks, i, i_listed)
-            i_keys = N_K - i_block * KEYS
-            if HAS_LENGTHS:
-                i_keys = gl.minimum(i_keys, gl.load(key_lengths + i_b * NUM_BLOCKS + i_block))
-            b_out, b_max, b_sum = _attend_masked(
-                b_q_again, k_ring, v_ring, b_out, b_max, b_sum, i_tile + i, i_keys, scale_log2,
-                HAS_LENGTHS,
+        if i_whole < i_end:
+            b_out, b_max, b_sum = _attend(
+                b_q_again, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_whole, i_end, row,
+                scale_log2, W, False, HAS_LENGTHS,
             )
-        i_tile += i_count
-        if POOL > 0:
-            i_pools = tails.num_tiles(i_count, NUM_BLOCKS, POOL)
-            if i_pools > 0:
-                p_bits, p_bias = tails.row_at(
-                    bits, bias, i_bh, i_q, NUM_ROWS, NUM_BLOCKS, KEYS, POOL
-                )
-                b_out, b_max, b_sum = _attend(
-                    b_q_for_pools, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_tile + i_pools,
-                    scale_log2, p_bits, p_bias, NUM_BLOCKS, W, EARLY, POOL,
-                )
-            i_tile += i_pools
+        i_tile += i_end
         rings.release(q_ring, i_half)
         i_half += 2
 
@@ -250,11 +187,11 @@ def block_sparse_kernel(
     H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
     D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
-    EARLY: gl.constexpr, POOL: gl.constexpr, PERSISTENT: gl.constexpr,
+    POOL: gl.constexpr,
 ):
     """Query blocks of all heads, as `rows` deals them to the programs."""
-    # A row's queries are a tile for each warpgroup; the next row's, if any, come meanwhile.
-    q_ring = rings.make_ring(q.dtype, 4 if PERSISTENT else 2, ROWS, D, 1)
+    # A row's queries are a tile for each warpgroup; the next row's come meanwhile.
+    q_ring = rings.make_ring(q.dtype, 4, ROWS, D, 1)
     k_ring = rings.make_ring(q.dtype, STAGES, KEYS, D, 2)
     v_ring = rings.make_ring(q.dtype, STAGES, KEYS, D, 2)
     rings.fence_async_shared()
@@ -264,13 +201,13 @@ def block_sparse_kernel(
                 q_ring, k_ring, v_ring, out, lse, rows, counts, indices, key_lengths, output_order,
                 order_stride, bits, bias, scale_log2, stride_ob, stride_oh, stride_on, H,
                 N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks, 0,
-                HAS_LENGTHS, ORDERED, WITH_LSE, EARLY, POOL,
+                HAS_LENGTHS, ORDERED, WITH_LSE, POOL,
             )),
             (_consume, (
                 q_ring, k_ring, v_ring, out, lse, rows, counts, indices, key_lengths, output_order,
                 order_stride, bits, bias, scale_log2, stride_ob, stride_oh, stride_on, H,
                 N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks, 1,
-                HAS_LENGTHS, ORDERED, WITH_LSE, EARLY, POOL,
+                HAS_LENGTHS, ORDERED, WITH_LSE, POOL,
             )),
             (produce, (
                 q, k, v, q_ring, k_ring, v_ring, rows, counts, indices, H, NUM_WORK, NUM_ROWS,
@@ -300,7 +237,7 @@ def refused(call: AttentionCall) -> str | None:
     if call.q.dtype not in _DTYPES:
         return f"it needs {' or '.join(map(str, _DTYPES))}, got {call.q.dtype}"
     blocks = (block_map.query_block, block_map.key_block)
-    if blocks[0] != QUERY_BLOCK or (head_dim, blocks[1]) not in SETTINGS:
+    if blocks[0] != QUERY_BLOCK or (head_dim, blocks[1]) not in STAGES:
         return (
             f"it needs query blocks of 128, key blocks of 64 or 128 and head dim 64 or 128, got "
             f"{blocks[0]}, {blocks[1]} and {head_dim}"
@@ -309,11 +246,9 @@ def refused(call: AttentionCall) -> str | None:
 
 
 def takes_tail(call: AttentionCall) -> bool:
-    """Whether the kernel reads the call's pools itself: of sizes that it knows."""
+    """Whether the kernel reads the call's pools itself."""
     tail = call.tail
-    if tail is None or _pool_size(call) not in tails.SIZES:
-        return False
-    return _can_describe(tail.keys) and _can_describe(tail.values)
+    return tail is not None and _can_describe(tail.keys) and _can_describe(tail.values)
 
 
 def _pool_size(call: AttentionCall) -> int:
@@ -341,30 +276,14 @@ def _can_describe(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(0 < s < 2**40 and s % 16 == 0 for s in strides)
 
 
-def _whole_tiles(bias: Tensor, pools: int) -> Tensor:
-    """Behind the last pool comes what weighs nothing: no load needs a mask."""
-    return F.pad(bias, (0, -bias.shape[-1] % pools), value=-math.inf).contiguous()
-
-
 def _describe(x: Tensor, rows: int) -> TensorDescriptor:
     tile = [1, 1, rows, x.shape[-1]]
     layout = gl.NVMMASharedLayout.get_default_for(tile, _DTYPES[x.dtype])
     return TensorDescriptor(x, list(x.shape), _strides(x), tile, layout)
 
 
-def settings_for(call: AttentionCall) -> LaunchSettings:
-    """The entry for the call's head dim and key block; calls with a tail to read have a table."""
-    table = TAIL_SETTINGS if takes_tail(call) else SETTINGS
-    return table[call.q.shape[-1], call.block_map.key_block]
-
-
 def forward(call: AttentionCall) -> None:
-    """Fill `call.out` and `call.lse`."""
-    launch(call, settings_for(call))
-
-
-def launch(call: AttentionCall, settings: LaunchSettings) -> None:
-    """Run the kernel; benchmarks pass settings of their own."""
+    """Fill `call.out` and `call.lse`, with the tail where `takes_tail` says so."""
     block_map, key_lengths = call.block_map, call.key_lengths
     order, order_stride = call.order_and_stride()
     tail = call.tail if takes_tail(call) else None
@@ -372,9 +291,8 @@ def launch(call: AttentionCall, settings: LaunchSettings) -> None:
     num_rows, key_block = block_map.counts.shape[-1], block_map.key_block
     num_work = batch * heads * num_rows
     device = torch.cuda.get_device_properties(call.q.device)
-    programs = min(num_work, device.multi_processor_count) if settings.persistent else num_work
     with torch.cuda.device_of(call.q):
-        block_sparse_kernel[programs,](
+        block_sparse_kernel[min(num_work, device.multi_processor_count),](
             _describe(call.q, QUERY_BLOCK // 2), _describe(call.k, key_block),
             _describe(call.v, key_block), call.out, call.lse, block_map.by_count,
             block_map.counts.contiguous(), block_map.indices.contiguous(),
@@ -382,16 +300,15 @@ def launch(call: AttentionCall, settings: LaunchSettings) -> None:
             order, order_stride,
             None if tail is None else _describe(tail.keys, key_block),
             None if tail is None else _describe(tail.values, key_block),
-            None if tail is None else _whole_tiles(tail.bias, key_block),
+            None if tail is None else tail.bias.contiguous(),
             None if tail is None else block_map.bits,
             call.scale * math.log2(math.e),
             *call.out.stride()[:3],
             heads, num_queries, call.k.shape[2], num_work, num_rows, block_map.num_key_blocks,
             block_map.indices.shape[-1], call.full_key_blocks,
-            D=head_dim, ROWS=QUERY_BLOCK // 2, KEYS=key_block, STAGES=settings.num_stages,
+            D=head_dim, ROWS=QUERY_BLOCK // 2, KEYS=key_block, STAGES=STAGES[head_dim, key_block],
             HAS_LENGTHS=key_lengths is not None, ORDERED=order is not None,
-            WITH_LSE=call.lse is not None, EARLY=settings.early,
-            POOL=0 if tail is None else _pool_size(call), PERSISTENT=settings.persistent,
+            WITH_LSE=call.lse is not None, POOL=0 if tail is None else _pool_size(call),
             # 12 warps with the other partitions': 65536 / 384 registers, in multiples of 8.
             num_warps=4, maxnreg=168, enable_fp_fusion=True,
         )

@@ -81,7 +81,7 @@ TRIALS = {
     **_of_presets("one threshold", ideas.one_threshold, between=(1e-5, 10.0)),
     # 2. Refresh when something has drifted.
     **_of_presets(
-        "refresh when tiles drift", partial(_DRIFT, drift=ideas.tile_drift), between=(1e-4, 2.0)
+        "refresh when tiles drift", partial(_DRIFT, drift=ideas.tile_drift), between=(1e-5, 2.0)
     ),
     **_of_presets(
         "refresh when maps drift", partial(_DRIFT, drift=ideas.map_drift), between=(0.01, 1.0)

@@ -21,6 +21,7 @@ from dfsattn_diffusers.state import DFSAttnState
 
 LEAST, MOST = 0.5, 2.0  # of what a group kept before, about
 NOISE = 0.01  # part of the greatest need that every group has
+GOLDEN = 0.618  # multiples of it lie evenly
 
 
 @contextmanager
@@ -73,7 +74,7 @@ def _rationed(probe, group, need):
     work, calls = Counter(), Counter()
     for decision, layer, branch in probe.calls:
         at = group(decision, layer, branch)
-        calls[at, decision.keep_ratio] += 1
+        calls[at, layer, decision.keep_ratio] += 1
         work[at] += probe.budget(decision.keep_ratio)
     least = NOISE * max(need[at] for at in work)
     if len(work) < 2 or least <= 0:
@@ -81,18 +82,20 @@ def _rationed(probe, group, need):
     wish = {at: math.sqrt(max(need[at], least) / work[at]) for at in work}
     mean = sum(wish.values()) / len(wish)
     weight = {at: min(MOST, max(LEAST, wish[at] / mean)) for at in work}
+
+    def share(at, layer, ratio, scale):
+        # Blocks are whole: layers round at different places, so that the total has small steps.
+        return min(1.0, ratio * weight[at] * scale + layer * GOLDEN % 1 / probe.blocks)
+
     low, high = LEAST / MOST, MOST / LEAST
     for _ in range(40):
         scale = (low + high) / 2
-        kept = sum(
-            count * probe.budget(min(1.0, ratio * weight[at] * scale))
-            for (at, ratio), count in calls.items()
-        )
+        kept = sum(count * probe.budget(share(*call, scale)) for call, count in calls.items())
         low, high = (scale, high) if kept <= sum(work.values()) else (low, scale)
 
     def change(decision, state, layer, batch):
         at = group(decision, layer, state.forward.position.branch)
-        return replace(decision, keep_ratio=min(1.0, decision.keep_ratio * weight[at] * low))
+        return replace(decision, keep_ratio=share(at, layer, decision.keep_ratio, low))
 
     with deciding(change):
         yield {str(at): round(weight[at] * low, 3) for at in sorted(weight)}

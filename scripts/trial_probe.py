@@ -45,11 +45,11 @@ class Probe:
         if (witness, grid) not in exact:
             exact[witness, grid] = self._witness.generate(*self._cases)
         self._exact = exact[witness, grid]
-        self._blocks = -(-math.prod(grid) // config_of(self._variant)["key_block"])
+        self.blocks = -(-math.prod(grid) // config_of(self._variant)["key_block"])
 
     def budget(self, keep_ratio):
         """Key blocks of a row."""
-        return row_budget(keep_ratio, self._blocks)
+        return row_budget(keep_ratio, self.blocks)
 
     @cached_property
     def calls(self):

@@ -107,7 +107,7 @@ def test_budget_over_layers(wan, plain, probe):
         ideas._rationed(probe, ideas.of_layer, {0: 9.0, 1: 1.0}),
     ):
         ours = watch(wan, idea)
-        assert ours.cost == pytest.approx(plain.cost, rel=0.02)
+        assert ours.cost == pytest.approx(plain.cost, rel=0.01)
         assert set(ours.found) == {"0", "1"}
         more, less = sorted((0, 1), key=lambda layer: -ours.found[str(layer)])
         if ours.found[str(more)] > 1.2 * ours.found[str(less)]:
@@ -123,14 +123,14 @@ def test_budget_by_loss_over_layers_steps_and_branches(wan, plain, probe, monkey
         monkeypatch.setattr(trial_probe.Probe, "_run", lambda *_, losses=losses: next(losses))
         monkeypatch.setitem(probe.__dict__, "_loss", 0.0)
         ours = watch(wan, ideas.budget_by_loss(probe, group))
-        assert ours.cost == pytest.approx(plain.cost, rel=0.02)
+        assert ours.cost == pytest.approx(plain.cost, rel=0.01)
         for (layer, branch), calls in ours.calls.items():
             for decision in calls:
                 if not decision.reason:
                     at = group(decision, layer, branch)
                     seen[group].setdefault(at, set()).add(decision.keep_ratio)
-        ratios = [ratio for (ratio,) in seen[group].values()]
-        assert len(ratios) > 1 and min(ratios) < 0.3 < max(ratios)
+        least, *_, most = sorted(max(ratios) for ratios in seen[group].values())
+        assert least < 0.25 and most > 0.35
 
 
 def test_losses_are_of_runs_in_which_one_group_keeps_half(probe):
@@ -147,7 +147,7 @@ def test_one_threshold(wan, plain):
 
 
 @pytest.mark.parametrize("drift", [ideas.tile_drift, ideas.map_drift])
-def test_refresh_on_drift(wan, plain, drift):
+def test_refresh_on_drift(wan, plain, drift, monkeypatch):
     clock = refreshes(plain)
     always, never = (watch(wan, ideas.refresh_on_drift(k, drift)) for k in (-1.0, 1e9))
     first = clock[0, "cond"][0]
@@ -156,6 +156,7 @@ def test_refresh_on_drift(wan, plain, drift):
     assert never.cost < plain.cost < always.cost
 
     measure = partial(measured, wan, lambda knob: ideas.refresh_on_drift(knob, drift))
+    monkeypatch.setattr(trial_probe, "ATTEMPTS", 5)
     trial = SimpleNamespace(between=(1e-4, 1.0), idea=measure)
     found, cases = trial_probe.at_cost(trial, lambda: [measured.last], plain.cost)
     assert abs(cases[0]["cost"] / plain.cost - 1) < 0.2  # 16 steps of 2 layers
@@ -186,9 +187,7 @@ def test_second_moment_scores(wan, plain, of_queries):
         for j in range(8):
             square = (q[i] ** 2).mean(0) if of_queries else q[i].mean(0) ** 2
             mean = q[i].mean(0) * k[j].mean(0)
-            both = square * (k[j] ** 2).mean(0) if of_queries else square * (
-                (k[j] ** 2).mean(0) - k[j].mean(0) ** 2 + k[j].mean(0) ** 2
-            )
+            both = square * (k[j] ** 2).mean(0)
             logits[i, j] = mean.sum() / 6**0.5 + (both - mean**2).sum() / 12
     wanted = logits.softmax(-1).view(4, 2, 4, 2).sum(3).mean(1)
     assert torch.allclose(ours[0, 0], wanted, atol=1e-5)

@@ -59,6 +59,7 @@ def config_for_steps(config: DFSAttnConfig, num_steps: int) -> DFSAttnConfig:
     dense = spread.count(1.0)
     return config.replace(
         dense_fraction=dense / num_steps,
+        last_step_dense=False,
         keep_ratios=spread[dense:] or [1.0],
         refreshes=None,
         refresh_interval=1 / num_steps,
@@ -118,6 +119,8 @@ def decide(
         return Decision("dense", reason="dense layer")
     if video_tokens < config.min_tokens:
         return Decision("dense", reason=f"fewer than {config.min_tokens} video tokens")
+    if config.last_step_dense and step == num_steps - 1:
+        return Decision("dense", reason="last step")
     segment = segment_of(step, num_steps, config)
     if segment < 0:
         return Decision("dense", reason="first part of the run")

@@ -54,10 +54,10 @@ _FINE = dict(_HEADS_64, **_SHARED, query_block=64, tile_size=8, tail_pool=64)
 # What the presets had before moments.
 _MEANS = dict(tail="mean", tail_pool=32)
 _PRESETS = list_presets()[1:]  # all but the paper
-# What two of them had before intervals that grow.
+# What three of them had before intervals that grow.
 _EVEN = {
     name: dict(refresh_interval=interval, refresh_growth=1.0)
-    for name, interval in (("fast", 0.16), ("turbo", 0.2))
+    for name, interval in (("balanced", 0.1), ("fast", 0.16), ("turbo", 0.2))
 }
 
 
@@ -141,9 +141,23 @@ VARIANTS = {
         f"preset {name}, {steps} steps": Variant(
             name, dict(min_tokens=0), steps=steps, reference=f"paper, {steps} steps"
         )
-        for steps in (8, 4)
+        for steps in (30, 20, 8, 4)
         for name in _PRESETS
     },
+    "paper, 30 steps": Variant(steps=30),
+    "paper, 20 steps": Variant(steps=20),
+    # Other growths of the intervals between dense steps.
+    # A dense last step for one at the start.
+    **{
+        f"preset {name}, dense last step": _preset(
+            name, dense_fraction=dense, last_step_dense=True
+        )
+        for name, dense in (("quality", 0.1), ("balanced", 0.08), ("fast", 0.1), ("turbo", 0.04))
+    },
+    "preset quality, growth 1.05": _preset("quality", refresh_growth=1.05),
+    "preset turbo, interval 0.16, growth 1.12": _preset(
+        "turbo", refresh_interval=0.16, refresh_growth=1.12
+    ),
     # At 0.42 of the paper's cost.
     "keep 0.038, dense every 16th step, rank 8, moments": _least(0.038, **_MOMENT_8),
     "keep 0.04, dense every 16th step, rank 8, moments": _least(0.04, **_MOMENT_8),
@@ -165,7 +179,7 @@ VARIANTS = {
     **_spent("turbo", 0.04, 7, 0.01),
     **_spent("turbo", 0.04, 12, 0.06),
     **_spent("turbo", 0.06, 8, 0.02),
-    **_even(", shared across branches", _EVEN, **_SHARED),
+    **_even(", shared across branches", ("fast", "turbo"), **_SHARED),
     "preset turbo, shared, dense every 6th step": _preset(
         "turbo", **_SHARED, refresh_interval=0.12, refresh_growth=1.0
     ),
@@ -176,7 +190,7 @@ VARIANTS = {
     **_even(", moments of 32", _PRESETS[1:], tail_pool=32),
     **_even(", means of 32, rank 4", _PRESETS[1:], **_MEANS, residual_rank=4),
     **_even(", means of 32, residuals of 64", **_MEANS, residual_pool=64, residual_rank=None),
-    **_even(", means of 32, shared across branches", _EVEN, **_MEANS, **_SHARED),
+    **_even(", means of 32, shared across branches", ("fast", "turbo"), **_MEANS, **_SHARED),
     # Few-step runs.
     "paper, 8 steps": _few(8),
     "8 steps, no dense step, keep 0.78 to 0.055, 64 x 64, moments": _no_dense(

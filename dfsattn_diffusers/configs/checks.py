@@ -18,6 +18,12 @@ def check_number(name: str, value: Any, least: float) -> None:
         raise ValueError(f"{name} must be at least {least}, and finite; got {value!r}.")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raise unless a value is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {value!r}.")
+
+
 def check_fraction(name: str, value: Any, zero_allowed: bool = False) -> None:
     _check_is_number(name, value)
     if not (0 < value <= 1 or (zero_allowed and value == 0)):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checks import as_tuple, check_fraction, check_int, check_number
+from .checks import as_tuple, check_flag, check_fraction, check_int, check_number
 from .files import read_fields, write_fields
 
 ORDERS = ("hilbert3d", "hilbert2d", "hilbert_fw", "hilbert_fh", "cuboid", "raster")
@@ -34,8 +34,9 @@ class DFSAttnConfig:
     Args:
         dense_fraction: Share of the run, from its start, with dense attention; in [0, 1]. The
             global layout of a video is settled there: less is faster and drifts from the dense
-            video. Any share above 0 keeps at least one dense step. Where a pipeline starts in the
-            middle of its schedule (video to video), the steps before that count as gone.
+            video. Any share above 0 is a step at least. Where a pipeline starts in the middle of
+            its schedule (video to video), the steps before that count as gone.
+        last_step_dense: Whether the last step of a run is dense as well, short runs aside.
         keep_ratios: Kept share of video key blocks, one value per refresh, each in (0, 1], never
             rising along the run. The last one holds until the end. Costs are proportional to it.
         refreshes: Number of times the block maps are computed, or None for one per keep ratio.
@@ -88,6 +89,7 @@ class DFSAttnConfig:
     """
 
     dense_fraction: float = 0.25
+    last_step_dense: bool = False
     keep_ratios: tuple[float, ...] = (0.3, 0.2, 0.1)
     refreshes: int | None = None
     refresh_interval: float = 0.25
@@ -140,11 +142,8 @@ class DFSAttnConfig:
         for layer in self.dense_layers:
             check_int("dense_layers", layer, least=0)
         check_int("min_tokens", self.min_tokens, least=0)
-        if not isinstance(self.share_maps_across_branches, bool):
-            raise TypeError(
-                "share_maps_across_branches must be True or False; got "
-                f"{self.share_maps_across_branches!r}."
-            )
+        check_flag("last_step_dense", self.last_step_dense)
+        check_flag("share_maps_across_branches", self.share_maps_across_branches)
         if not isinstance(self.backend, str) or not self.backend:
             raise TypeError(f'backend must be "auto" or a backend\'s name; got {self.backend!r}.')
 

@@ -24,7 +24,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         few_step_ratios=(1, 0.8, 0.55, 0.4, 0.3, 0.24, 0.2, 0.16),
     ),
     "balanced": dict(
-        _BEYOND, dense_fraction=0.1, keep_ratios=(0.1,), refresh_interval=0.1,
+        _BEYOND, dense_fraction=0.1, keep_ratios=(0.1,), refresh_interval=0.08,
+        refresh_growth=1.08,
         few_step_ratios=(0.9, 0.58, 0.38, 0.26, 0.18, 0.13, 0.1, 0.08),
     ),
     "fast": dict(
@@ -40,8 +41,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # What `few_step_ratios` stands in for, but for `keep_ratios` and for maps of each branch.
 _SCHEDULE = {
-    "dense_fraction", "refreshes", "refresh_interval", "refresh_growth", "residual_pool",
-    "residual_rank",
+    "dense_fraction", "last_step_dense", "refreshes", "refresh_interval", "refresh_growth",
+    "residual_pool", "residual_rank",
 }  # fmt: skip
 
 

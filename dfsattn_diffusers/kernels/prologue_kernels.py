@@ -1,9 +1,9 @@
 """Triton kernel of the prologue; `prologue.reference` is the specification.
 
 A program takes a run of slots of one of q, k, v, a few tokens at a time, and goes over their heads
-in groups that lie side by side in memory, so that a token's rotary table is read once. A norm over
-all heads goes over them twice: with 4 tokens a program, all that is in flight fits a large GPU's
-L2, so the second time comes from there or from L1.
+in groups that lie side by side in memory, so that a token's rotary table is read once. Either it
+holds all heads in registers, every load before the first use, or it streams them; a norm over all
+heads then goes over them twice, and few tokens a step let the second time come from L2.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .fast import arch_of
 from .prologue import Norm, Prepared, Rotary, Stream
+from .prologue_steps import finish, load_heads, load_shared
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,11 @@ class LaunchSettings:
     Attributes:
         slots: Of one program, where no tiles are pooled; else it is the tile.
         tokens: Of one step.
-        elements: Of one step, so that `elements / tokens / D` heads are one.
+        elements: Of one step, so that `elements / tokens / D` heads are one. A thread should have 8
+            of each token, 16 bytes: else tables are laid out unlike heads, and meet them in shared
+            memory.
         num_warps: Of one program.
-        num_stages: Of the pipeline over heads.
+        num_stages: Of the pipeline over heads; 0 holds all heads of a step in registers.
     """
 
     slots: int
@@ -40,7 +43,7 @@ class LaunchSettings:
 
 
 # By compute capability: no spills.
-SETTINGS = {80: LaunchSettings(16, 4, 4096, 4, 3), 86: LaunchSettings(16, 4, 4096, 4, 2)}
+SETTINGS = {80: LaunchSettings(16, 2, 2048, 4, 3), 100: LaunchSettings(16, 2, 2048, 4, 2)}
 # Where tiles alone are asked for: whole ones, whose sums stay in registers.
 ALONE = LaunchSettings(16, 16, 2048, 2, 2)
 
@@ -49,64 +52,12 @@ _HEAD_DIMS = (16, 32, 64, 128, 256)
 
 
 @triton.jit
-def _load(p_x, p_x2, m_x, m_second, other):
-    """From one of two streams; a choice of pointers would not load vectors."""
-    if p_x2 is None:
-        b_x = tl.load(p_x, mask=m_x, other=other)
-    else:
-        b_x = tl.load(p_x, mask=m_x & ~m_second, other=other)
-        b_x = tl.load(p_x2, mask=m_x & m_second, other=b_x)
-    return b_x
-
-
-@triton.jit
-def _load_pairs(p_x, p_x2, o_x, m_x, m_second, other, D: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Both members of every rotary pair, `[.., D / 2]` float32 each."""
-    if INTERLEAVED:
-        o_x += tl.arange(0, D)[None, None, :]
-        p_x += o_x
-        if p_x2 is not None:
-            p_x2 += o_x
-        b_x = _load(p_x, p_x2, m_x, m_second, other)
-        b_x = tl.reshape(b_x, (b_x.shape[0], b_x.shape[1], D // 2, 2))
-        b_first, b_second = tl.split(b_x)
-    else:
-        o_x += tl.arange(0, D // 2)[None, None, :]
-        p_x += o_x
-        p_half, p_half2 = p_x + D // 2, p_x2
-        if p_x2 is not None:
-            p_x2 += o_x
-            p_half2 = p_x2 + D // 2
-        b_first = _load(p_x, p_x2, m_x, m_second, other)
-        b_second = _load(p_half, p_half2, m_x, m_second, other)
-    return b_first.to(tl.float32), b_second.to(tl.float32)
-
-
-@triton.jit
-def _store_pairs(p_x, b_first, b_second, m_x, D: tl.constexpr, INTERLEAVED: tl.constexpr):
-    kind: tl.constexpr = p_x.dtype.element_ty
-    if INTERLEAVED:
-        b_x = tl.join(b_first.to(kind), b_second.to(kind))
-        b_x = tl.reshape(b_x, (b_x.shape[0], b_x.shape[1], D))
-        tl.store(p_x + tl.arange(0, D)[None, None, :], b_x, mask=m_x)
-    else:
-        p_x += tl.arange(0, D // 2)[None, None, :]
-        tl.store(p_x, b_first.to(kind), mask=m_x)
-        tl.store(p_x + D // 2, b_second.to(kind), mask=m_x)
-
-
-@triton.jit
-def _round(b_x, DTYPE: tl.constexpr):
-    return b_x.to(DTYPE).to(tl.float32)
-
-
-@triton.jit
 def _prepare(
     x, x2, weight, weight2, bias, bias2, out, tiles, source, slots, lengths, cos, sin, eps, i_tile,
     stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh, stride_on, stride_lengths,
     H, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM: tl.constexpr, STEP: tl.constexpr,
     INTERLEAVED: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
-    HEADS: tl.constexpr, STAGES: tl.constexpr,
+    HEADS: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """`SLOTS` slots of one of q, k, v, all heads."""
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -116,12 +67,15 @@ def _prepare(
         out += i_b * stride_ob
     if x2 is not None:
         x2 += i_b * stride_b2
+    i_length = None
     if tiles is not None:
         i_length = tl.load(lengths + i_b * stride_lengths + i_tile)
         tiles += (i_b * H * T + i_tile) * D
+    if slots is not None:
+        slots += i_b * H * N
     for i_n in range(0, SLOTS, TOKENS):
-        # [TOKENS, 1, 1]
-        o_slot = (i_n + tl.arange(0, TOKENS))[:, None, None]
+        # [TOKENS, 1]
+        o_slot = (i_n + tl.arange(0, TOKENS))[:, None]
         o_p = (i_tile * SLOTS + o_slot).to(tl.int64)
         m_p = o_p < P
         if source is not None:
@@ -132,95 +86,71 @@ def _prepare(
         p_row, p_row2, m_second = x + o_row * stride_n, x2, o_row >= ROWS
         if x2 is not None:
             p_row2 = x2 + (o_row - ROWS) * stride_n2
-        # [1 or TOKENS, 1, 1]
-        o_w = tl.zeros([1 if x2 is None else TOKENS, 1, 1], tl.int32)
+        held = ()
+        for i_held in tl.static_range(HELD):
+            held += (load_heads(
+                p_row, p_row2, i_held * HEADS, H, m_real, m_second, D, D, HEADS, INTERLEAVED
+            ),)  # fmt: skip
+        b_cos, b_sin, b_scale, w_first, w_second = None, None, None, None, None
+        bias_first, bias_second = None, None
         if cos is not None:
             o_angle = o_row - FIRST_ROW
             m_turn = (o_angle >= 0) & (o_angle < ROTATED)
-            # [TOKENS, 1, D / 2]
-            b_cos, _ = _load_pairs(cos, None, o_angle * D, m_turn, None, 1.0, D, INTERLEAVED)
-            _, b_sin = _load_pairs(sin, None, o_angle * D, m_turn, None, 0.0, D, INTERLEAVED)
+            # [TOKENS, HEADS, D / 2]. Both entries are used, or vectors would be loaded in pieces.
+            b_cos, b_same = load_shared(
+                cos + o_angle * D, None, m_turn, None, 1.0, D, HEADS, INTERLEAVED
+            )
+            b_cos = tl.maximum(b_cos, b_same)
+            b_same, b_sin = load_shared(
+                sin + o_angle * D, None, m_turn, None, 0.0, D, HEADS, INTERLEAVED
+            )
+            b_sin = tl.maximum(b_same, b_sin)
+        # [1 or TOKENS, 1]
+        m_w = tl.full([1 if x2 is None else TOKENS, 1], True, tl.int1)
         if NORM == "rms_all_heads":
-            # [TOKENS, HEADS, D / 2]
             b_square = tl.zeros([TOKENS, HEADS, D // 2], tl.float32)
-            for i_h in tl.range(0, H, HEADS, num_stages=STAGES):
-                o_h = (i_h + tl.arange(0, HEADS))[None, :, None]
-                b_first, b_second = _load_pairs(
-                    p_row, p_row2, o_h * D, m_real & (o_h < H), m_second, 0.0, D, False
-                )
+            for i_held in tl.static_range(HELD):
+                b_first, b_second = held[i_held]
+                b_first, b_second = b_first.to(tl.float32), b_second.to(tl.float32)
                 b_square += b_first * b_first + b_second * b_second
+            if HELD == 0:
+                for i_h in tl.range(0, H, HEADS, num_stages=STAGES):
+                    b_first, b_second = load_heads(
+                        p_row, p_row2, i_h, H, m_real, m_second, D, D, HEADS, INTERLEAVED
+                    )
+                    b_first, b_second = b_first.to(tl.float32), b_second.to(tl.float32)
+                    b_square += b_first * b_first + b_second * b_second
             # [TOKENS, 1, 1]
             b_square = tl.sum(tl.sum(b_square, 2, keep_dims=True), 1, keep_dims=True)
             b_scale = tl.rsqrt(b_square / (H * D) + eps)
         elif weight is not None:
-            # [1 or TOKENS, 1, D / 2]
-            w_first, w_second = _load_pairs(
-                weight, weight2, o_w, o_w == 0, m_second, 0.0, D, INTERLEAVED
+            # [1 or TOKENS, HEADS, D / 2]
+            w_first, w_second = load_shared(
+                weight, weight2, m_w, m_second, 0.0, D, HEADS, INTERLEAVED
             )
         if bias is not None:
-            bias_first, bias_second = _load_pairs(
-                bias, bias2, o_w, o_w == 0, m_second, 0.0, D, INTERLEAVED
+            bias_first, bias_second = load_shared(
+                bias, bias2, m_w, m_second, 0.0, D, HEADS, INTERLEAVED
             )
-        for i_h in tl.range(0, H, HEADS, num_stages=STAGES):
-            # [1, HEADS, 1]
-            o_h = (i_h + tl.arange(0, HEADS))[None, :, None]
-            m_h = o_h < H
-            # [TOKENS, HEADS, D / 2]
-            b_first, b_second = _load_pairs(
-                p_row, p_row2, o_h * D, m_real & m_h, m_second, 0.0, D, INTERLEAVED
-            )
-            if NORM is not None:
-                if NORM == "layer":
-                    b_mean = tl.sum(b_first + b_second, 2, keep_dims=True) / D
-                    b_first -= b_mean
-                    b_second -= b_mean
-                if NORM != "rms_all_heads":
-                    b_square = b_first * b_first + b_second * b_second
-                    b_scale = tl.rsqrt(tl.sum(b_square, 2, keep_dims=True) / D + eps)
-                b_first *= b_scale
-                b_second *= b_scale
-                if NORM == "rms":
-                    b_first, b_second = _round(b_first, DTYPE), _round(b_second, DTYPE)
-                if weight is not None:
-                    if NORM == "rms_all_heads":
-                        w_first, w_second = _load_pairs(
-                            weight, weight2, o_w + o_h * D, m_h, m_second, 0.0, D, INTERLEAVED
-                        )
-                    b_first *= w_first
-                    b_second *= w_second
-                if bias is not None:
-                    # Padding stays 0.
-                    b_first = tl.where(m_real, b_first + bias_first, 0.0)
-                    b_second = tl.where(m_real, b_second + bias_second, 0.0)
-                b_first, b_second = _round(b_first, DTYPE), _round(b_second, DTYPE)
-            if cos is not None:
-                b_turned = _round(b_first * b_cos, STEP) - _round(b_second * b_sin, STEP)
-                b_second = _round(b_second * b_cos, STEP) + _round(b_first * b_sin, STEP)
-                b_first, b_second = _round(b_turned, DTYPE), _round(b_second, DTYPE)
-            if out is not None:
-                o_out = o_p
-                if slots is not None:
-                    # [TOKENS, HEADS, 1]; padding stays where it is.
-                    p_slot = slots + (i_b * H + o_h) * N + o_row
-                    o_out = tl.load(p_slot, mask=m_real & m_h, other=o_p).to(tl.int64)
-                p_out = out + o_out * stride_on + o_h.to(tl.int64) * stride_oh
-                _store_pairs(p_out, b_first, b_second, m_p & m_h, D, INTERLEAVED)
-            if tiles is not None:
-                # [1, HEADS, D / 2]
-                m_pool = o_slot < i_length
-                b_first = tl.sum(tl.where(m_pool, b_first, 0.0), 0, keep_dims=True)
-                b_second = tl.sum(tl.where(m_pool, b_second, 0.0), 0, keep_dims=True)
-                o_tile = o_h.to(tl.int64) * T * D
-                i_count = tl.maximum(i_length, 1).to(tl.float32)
-                if TOKENS < SLOTS:
-                    # The sum so far is in memory, as not all heads fit registers.
-                    b_old, b_old_second = _load_pairs(
-                        tiles, None, o_tile, m_h & (i_n > 0), None, 0.0, D, INTERLEAVED
-                    )
-                    b_first, b_second = b_first + b_old, b_second + b_old_second
-                    i_count = tl.where(i_n + TOKENS < SLOTS, 1.0, i_count)
-                p_tile = tiles + o_tile
-                _store_pairs(p_tile, b_first / i_count, b_second / i_count, m_h, D, INTERLEAVED)
+        for i_held in tl.static_range(HELD):
+            b_first, b_second = held[i_held]
+            finish(
+                b_first, b_second, b_scale, weight, weight2, w_first, w_second, bias_first,
+                bias_second, b_cos, b_sin, out, tiles, slots, i_length, eps, i_held * HEADS, i_n,
+                o_p, o_row, o_slot, m_p, m_real, m_w, m_second, stride_oh, stride_on, H, T, N,
+                NORM, STEP, INTERLEAVED, D, SLOTS, TOKENS, HEADS, DTYPE,
+            )  # fmt: skip
+        if HELD == 0:
+            for i_h in tl.range(0, H, HEADS, num_stages=STAGES):
+                b_first, b_second = load_heads(
+                    p_row, p_row2, i_h, H, m_real, m_second, D, D, HEADS, INTERLEAVED
+                )
+                finish(
+                    b_first, b_second, b_scale, weight, weight2, w_first, w_second, bias_first,
+                    bias_second, b_cos, b_sin, out, tiles, slots, i_length, eps, i_h, i_n, o_p,
+                    o_row, o_slot, m_p, m_real, m_w, m_second, stride_oh, stride_on, H, T, N,
+                    NORM, STEP, INTERLEAVED, D, SLOTS, TOKENS, HEADS, DTYPE,
+                )  # fmt: skip
         if tiles is not None and TOKENS < SLOTS:
             # Another thread may read what this one stored.
             tl.debug_barrier()
@@ -235,7 +165,7 @@ def prologue_kernel(
     stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh, stride_on, stride_lengths,
     H, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM: tl.constexpr, STEP: tl.constexpr,
     INTERLEAVED: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
-    HEADS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
+    HEADS: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """q, k, v of the same slots are neighbours, so that their rotary tables come from L2."""
     i_tile, i_part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
@@ -244,22 +174,22 @@ def prologue_kernel(
             q, q2, q_weight, q_weight2, q_bias, q_bias2, q_out, q_tiles, source, slots, lengths,
             cos, sin, eps, i_tile, stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh,
             stride_on, stride_lengths, H, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM, STEP,
-            INTERLEAVED, D, SLOTS, TOKENS, HEADS, STAGES,
+            INTERLEAVED, D, SLOTS, TOKENS, HEADS, STAGES, HELD,
         )  # fmt: skip
     elif i_part == 1:
         _prepare(
             k, k2, k_weight, k_weight2, k_bias, k_bias2, k_out, k_tiles, source, slots, lengths,
             cos, sin, eps, i_tile, stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh,
             stride_on, stride_lengths, H, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM, STEP,
-            INTERLEAVED, D, SLOTS, TOKENS, HEADS, STAGES,
+            INTERLEAVED, D, SLOTS, TOKENS, HEADS, STAGES, HELD,
         )  # fmt: skip
     else:
         if v_out is not None:  # without it there is no such part, yet it would be compiled
             _prepare(
                 v, v2, None, None, None, None, v_out, None, source, slots, None, None, None, eps,
                 i_tile, stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh, stride_on,
-                stride_lengths, H, P, T, ROWS, N, FIRST_ROW, ROTATED, None, STEP, False, D, SLOTS,
-                TOKENS, HEADS, STAGES,
+                stride_lengths, H, P, T, ROWS, N, FIRST_ROW, ROTATED, None, STEP, True, D, SLOTS,
+                TOKENS, HEADS, STAGES, HELD,
             )  # fmt: skip
 
 
@@ -365,8 +295,9 @@ def _launch(
             num_tiles if num_tiles and lengths.shape[0] > 1 else 0,
             heads, count, num_tiles, rows, None if slots is None else slots.shape[2],
             first_row, rotated, NORM=None if norm is None else norm.kind, STEP=step,
-            INTERLEAVED=rotary is not None and rotary.interleaved, D=head_dim, SLOTS=size,
+            INTERLEAVED=rotary is None or rotary.interleaved, D=head_dim, SLOTS=size,
             TOKENS=tokens, HEADS=group, STAGES=settings.num_stages, PARTS=parts,
+            HELD=0 if settings.num_stages else triton.cdiv(heads, group),
             num_warps=settings.num_warps,
             enable_fp_fusion=False,  # stock code rounds every product
         )  # fmt: skip

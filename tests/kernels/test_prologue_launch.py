@@ -45,9 +45,10 @@ def compile_call(arch, norm, head_dim, heads, two, asked):
     tile = 16 if "tiles" in asked else None
     slots, tokens, group = prologue_kernels.launch_shape(heads, head_dim, tile, settings)
     constants = dict(
-        NORM=norm, STEP=tl.float32, INTERLEAVED=norm is not None, D=head_dim, SLOTS=slots,
+        NORM=norm, STEP=tl.float32, INTERLEAVED=True, D=head_dim, SLOTS=slots,
         TOKENS=tokens, HEADS=group, STAGES=settings.num_stages,
         PARTS=3 if "rows" in asked else 2,
+        HELD=0 if settings.num_stages else -(-heads // group),
     )  # fmt: skip
     types = dict(eps="fp32", source="*i32")
     kinds = dict.fromkeys(("q", "k", "v", "q_out", "k_out", "v_out"), "*bf16")

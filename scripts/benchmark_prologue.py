@@ -219,7 +219,7 @@ def main(argv=None):
     add("--iters", type=int, default=20, help="timed runs, after 3 for warm-up")
     add("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of q, k and v")
     add("--settings", nargs="*", type=launch_settings, default=[], metavar="LAUNCH",
-        help="also time slots, tokens, elements, warps and stages like 16,4,4096,4,2")
+        help="also time slots, tokens, elements and warps like 16,2,2048,4")
     add("--no-eager", dest="eager", action="store_false", help="leave out eager torch")
     add("--seed", type=int, help="of the random values; another one every time by default")
     add("--output", type=Path, help="JSON file to write")

@@ -1,9 +1,8 @@
 """Triton kernel of the prologue; `prologue.reference` is the specification.
 
-A program takes a run of slots of one of q, k, v, a few tokens at a time, and goes over their heads
-in groups that lie side by side in memory, so that a token's rotary table is read once. Either it
-holds all heads in registers, every load before the first use, or it streams them; a norm over all
-heads then goes over them twice, and few tokens a step let the second time come from L2.
+A program takes a run of slots of one of q, k, v, a few tokens at a time. All heads of a step are in
+registers, every load before the first use: a norm over all heads reads them once, and a token's
+rotary table is read once. Sums of a tile stay there too.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fast import arch_of
 from .prologue import Norm, Prepared, Rotary, Stream
-from .prologue_steps import finish, load_heads, load_shared
+from .prologue_steps import each_value, load_heads, load_shared, norm_and_rotate, store_heads
 
 
 @dataclass(frozen=True)
@@ -28,24 +26,19 @@ class LaunchSettings:
     Attributes:
         slots: Of one program, where no tiles are pooled; else it is the tile.
         tokens: Of one step.
-        elements: Of one step, so that `elements / tokens / D` heads are one. A thread should have 8
+        elements: Of one load, so that `elements / tokens / D` heads are one. A thread should have 8
             of each token, 16 bytes: else tables are laid out unlike heads, and meet them in shared
             memory.
         num_warps: Of one program.
-        num_stages: Of the pipeline over heads; 0 holds all heads of a step in registers.
     """
 
     slots: int
     tokens: int
     elements: int
     num_warps: int
-    num_stages: int
 
 
-# By compute capability: no spills.
-SETTINGS = {80: LaunchSettings(16, 2, 2048, 4, 3), 100: LaunchSettings(16, 2, 2048, 4, 2)}
-# Where tiles alone are asked for: whole ones, whose sums stay in registers.
-ALONE = LaunchSettings(16, 16, 2048, 2, 2)
+SETTINGS = LaunchSettings(4, 2, 2048, 4)
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -55,9 +48,9 @@ _HEAD_DIMS = (16, 32, 64, 128, 256)
 def _prepare(
     x, x2, weight, weight2, bias, bias2, out, tiles, source, slots, lengths, cos, sin, eps, i_tile,
     stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh, stride_on, stride_lengths,
-    H, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM: tl.constexpr, STEP: tl.constexpr,
-    INTERLEAVED: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
-    HEADS: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
+    P, T, ROWS, N, FIRST_ROW, ROTATED, NORM: tl.constexpr, STEP: tl.constexpr,
+    INTERLEAVED: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
     """`SLOTS` slots of one of q, k, v, all heads."""
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -67,10 +60,11 @@ def _prepare(
         out += i_b * stride_ob
     if x2 is not None:
         x2 += i_b * stride_b2
-    i_length = None
+    i_length, sums = None, ()
     if tiles is not None:
         i_length = tl.load(lengths + i_b * stride_lengths + i_tile)
-        tiles += (i_b * H * T + i_tile) * D
+        for _ in tl.static_range(2 * LOADS):
+            sums += (tl.zeros([1, HEADS, D // 2], tl.float32),)
     if slots is not None:
         slots += i_b * H * N
     for i_n in range(0, SLOTS, TOKENS):
@@ -86,11 +80,19 @@ def _prepare(
         p_row, p_row2, m_second = x + o_row * stride_n, x2, o_row >= ROWS
         if x2 is not None:
             p_row2 = x2 + (o_row - ROWS) * stride_n2
-        held = ()
-        for i_held in tl.static_range(HELD):
-            held += (load_heads(
-                p_row, p_row2, i_held * HEADS, H, m_real, m_second, D, D, HEADS, INTERLEAVED
+        loaded, placed = (), ()
+        for i_load in tl.static_range(LOADS):
+            loaded += (load_heads(
+                p_row, p_row2, i_load * HEADS, H, m_real, m_second, D, D, HEADS, INTERLEAVED
             ),)  # fmt: skip
+            if slots is not None:
+                # [TOKENS, HEADS]; padding stays where it is.
+                o_h = (i_load * HEADS + tl.arange(0, HEADS))[None, :]
+                placed += (
+                    tl.load(slots + o_h * N + o_row, mask=m_real & (o_h < H), other=o_p),
+                )
+            else:
+                placed += (o_p,)
         b_cos, b_sin, b_scale, w_first, w_second = None, None, None, None, None
         bias_first, bias_second = None, None
         if cos is not None:
@@ -109,17 +111,10 @@ def _prepare(
         m_w = tl.full([1 if x2 is None else TOKENS, 1], True, tl.int1)
         if NORM == "rms_all_heads":
             b_square = tl.zeros([TOKENS, HEADS, D // 2], tl.float32)
-            for i_held in tl.static_range(HELD):
-                b_first, b_second = held[i_held]
+            for i_load in tl.static_range(LOADS):
+                b_first, b_second = loaded[i_load]
                 b_first, b_second = b_first.to(tl.float32), b_second.to(tl.float32)
                 b_square += b_first * b_first + b_second * b_second
-            if HELD == 0:
-                for i_h in tl.range(0, H, HEADS, num_stages=STAGES):
-                    b_first, b_second = load_heads(
-                        p_row, p_row2, i_h, H, m_real, m_second, D, D, HEADS, INTERLEAVED
-                    )
-                    b_first, b_second = b_first.to(tl.float32), b_second.to(tl.float32)
-                    b_square += b_first * b_first + b_second * b_second
             # [TOKENS, 1, 1]
             b_square = tl.sum(tl.sum(b_square, 2, keep_dims=True), 1, keep_dims=True)
             b_scale = tl.rsqrt(b_square / (H * D) + eps)
@@ -132,40 +127,50 @@ def _prepare(
             bias_first, bias_second = load_shared(
                 bias, bias2, m_w, m_second, 0.0, D, HEADS, INTERLEAVED
             )
-        for i_held in tl.static_range(HELD):
-            b_first, b_second = held[i_held]
-            finish(
-                b_first, b_second, b_scale, weight, weight2, w_first, w_second, bias_first,
-                bias_second, b_cos, b_sin, out, tiles, slots, i_length, eps, i_held * HEADS, i_n,
-                o_p, o_row, o_slot, m_p, m_real, m_w, m_second, stride_oh, stride_on, H, T, N,
-                NORM, STEP, INTERLEAVED, D, SLOTS, TOKENS, HEADS, DTYPE,
-            )  # fmt: skip
-        if HELD == 0:
-            for i_h in tl.range(0, H, HEADS, num_stages=STAGES):
-                b_first, b_second = load_heads(
-                    p_row, p_row2, i_h, H, m_real, m_second, D, D, HEADS, INTERLEAVED
+        old, sums = sums, ()
+        for i_load in tl.static_range(LOADS):
+            i_h = i_load * HEADS
+            if NORM == "rms_all_heads" and weight is not None:
+                w_first, w_second = load_heads(
+                    weight, weight2, i_h, H, m_w, m_second, D, D, HEADS, INTERLEAVED
                 )
-                finish(
-                    b_first, b_second, b_scale, weight, weight2, w_first, w_second, bias_first,
-                    bias_second, b_cos, b_sin, out, tiles, slots, i_length, eps, i_h, i_n, o_p,
-                    o_row, o_slot, m_p, m_real, m_w, m_second, stride_oh, stride_on, H, T, N,
-                    NORM, STEP, INTERLEAVED, D, SLOTS, TOKENS, HEADS, DTYPE,
-                )  # fmt: skip
-        if tiles is not None and TOKENS < SLOTS:
-            # Another thread may read what this one stored.
-            tl.debug_barrier()
+            b_first, b_second = loaded[i_load]
+            b_first, b_second = norm_and_rotate(
+                b_first, b_second, b_scale, w_first, w_second, bias_first, bias_second, b_cos,
+                b_sin, m_real, eps, NORM, STEP, D, DTYPE,
+            )  # fmt: skip
+            if out is not None:
+                o_out = placed[i_load]
+                if slots is not None:
+                    o_out = each_value(o_out, D if INTERLEAVED else D // 2)
+                p_out = out + o_out * stride_on
+                store_heads(p_out, stride_oh, b_first, b_second, i_h, H, m_p, D, HEADS, INTERLEAVED)
+            if tiles is not None:
+                m_pool = (o_slot < i_length)[:, :, None]
+                b_first, b_second = tl.where(m_pool, b_first, 0.0), tl.where(m_pool, b_second, 0.0)
+                sums += (
+                    old[2 * i_load] + tl.sum(b_first, 0, keep_dims=True),
+                    old[2 * i_load + 1] + tl.sum(b_second, 0, keep_dims=True),
+                )
+    if tiles is not None:
+        tiles += (i_b * H * T + i_tile) * D
+        i_count = tl.maximum(i_length, 1).to(tl.float32)
+        m_tile = tl.full([1, 1], True, tl.int1)
+        for i_load in tl.static_range(LOADS):
+            store_heads(
+                tiles, T.to(tl.int64) * D, sums[2 * i_load] / i_count,
+                sums[2 * i_load + 1] / i_count, i_load * HEADS, H, m_tile, D, HEADS, INTERLEAVED,
+            )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=["H", "P", "T", "ROWS", "N", "FIRST_ROW", "ROTATED", "stride_lengths"]
-)
+@triton.jit(do_not_specialize=["P", "T", "ROWS", "N", "FIRST_ROW", "ROTATED", "stride_lengths"])
 def prologue_kernel(
     q, k, v, q2, k2, v2, q_weight, k_weight, q_weight2, k_weight2, q_bias, k_bias, q_bias2, k_bias2,
     q_out, k_out, v_out, q_tiles, k_tiles, source, slots, lengths, cos, sin, eps,
     stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh, stride_on, stride_lengths,
-    H, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM: tl.constexpr, STEP: tl.constexpr,
-    INTERLEAVED: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
-    HEADS: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr, PARTS: tl.constexpr,
+    P, T, ROWS, N, FIRST_ROW, ROTATED, NORM: tl.constexpr, STEP: tl.constexpr,
+    INTERLEAVED: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, LOADS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """q, k, v of the same slots are neighbours, so that their rotary tables come from L2."""
     i_tile, i_part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
@@ -173,39 +178,34 @@ def prologue_kernel(
         _prepare(
             q, q2, q_weight, q_weight2, q_bias, q_bias2, q_out, q_tiles, source, slots, lengths,
             cos, sin, eps, i_tile, stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh,
-            stride_on, stride_lengths, H, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM, STEP,
-            INTERLEAVED, D, SLOTS, TOKENS, HEADS, STAGES, HELD,
+            stride_on, stride_lengths, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM, STEP,
+            INTERLEAVED, H, D, SLOTS, TOKENS, HEADS, LOADS,
         )  # fmt: skip
     elif i_part == 1:
         _prepare(
             k, k2, k_weight, k_weight2, k_bias, k_bias2, k_out, k_tiles, source, slots, lengths,
             cos, sin, eps, i_tile, stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh,
-            stride_on, stride_lengths, H, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM, STEP,
-            INTERLEAVED, D, SLOTS, TOKENS, HEADS, STAGES, HELD,
+            stride_on, stride_lengths, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM, STEP,
+            INTERLEAVED, H, D, SLOTS, TOKENS, HEADS, LOADS,
         )  # fmt: skip
     else:
         if v_out is not None:  # without it there is no such part, yet it would be compiled
             _prepare(
                 v, v2, None, None, None, None, v_out, None, source, slots, None, None, None, eps,
                 i_tile, stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh, stride_on,
-                stride_lengths, H, P, T, ROWS, N, FIRST_ROW, ROTATED, None, STEP, True, D, SLOTS,
-                TOKENS, HEADS, STAGES, HELD,
+                stride_lengths, P, T, ROWS, N, FIRST_ROW, ROTATED, None, STEP, True, H, D, SLOTS,
+                TOKENS, HEADS, LOADS,
             )  # fmt: skip
-
-
-def settings_for(arch: int) -> LaunchSettings:
-    """The table's entry for a compute capability."""
-    return SETTINGS[max(known for known in SETTINGS if known <= arch)]
 
 
 def launch_shape(
     heads: int, head_dim: int, tile: int | None, settings: LaunchSettings
-) -> tuple[int, int, int]:
-    """Slots of a program, tokens and heads of a step."""
+) -> tuple[int, int, int, int]:
+    """Slots of a program, tokens of a step, heads of a load and loads of a step."""
     slots = tile or settings.slots
     tokens = min(slots, settings.tokens)
     group = min(triton.next_power_of_2(heads), max(1, settings.elements // (tokens * head_dim)))
-    return slots, tokens, group
+    return slots, tokens, group, triton.cdiv(heads, group)
 
 
 def can_prepare(
@@ -231,7 +231,7 @@ def prepare_qkv(
     heads_first: bool,
     tile_lengths: Tensor | None,
     slots: Tensor | None = None,
-    settings: LaunchSettings | None = None,
+    settings: LaunchSettings = SETTINGS,
 ) -> Prepared:
     """`prologue.prepare_qkv` where `can_prepare` says yes."""
     like, count = streams[0].q, _slot_count(streams, source)
@@ -246,7 +246,7 @@ def prepare_qkv(
 
 def pool_qk(
     streams: Sequence[Stream], rotary: Rotary | None, source: Tensor | None, tile_lengths: Tensor,
-    settings: LaunchSettings = ALONE,
+    settings: LaunchSettings = SETTINGS,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`prologue.pool_qk` where `can_prepare` says yes."""
     return _launch(streams, rotary, source, [], tile_lengths, settings=settings)
@@ -259,7 +259,7 @@ def _launch(
     out: list[Tensor],
     lengths: Tensor | None,
     slots: Tensor | None = None,
-    settings: LaunchSettings | None = None,
+    settings: LaunchSettings = SETTINGS,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Fill `out`, `[B, H, P, D]` of q, k and v, of q and k or none; return tiles."""
     first, second = streams[0], streams[1] if len(streams) == 2 else None
@@ -279,10 +279,8 @@ def _launch(
         if not rotary.float32_steps:
             step = _DTYPES[torch.promote_types(first.q.dtype, cos.dtype)]
 
-    if settings is None:
-        settings = settings_for(arch_of(first.q))
     tile = count // num_tiles if num_tiles else None
-    size, tokens, group = launch_shape(heads, head_dim, tile, settings)
+    size, tokens, group, loads = launch_shape(heads, head_dim, tile, settings)
     with torch.cuda.device_of(first.q):
         prologue_kernel[triton.cdiv(count, size) * parts, batch](
             *x, *x2, *_parameters(first, second, "weight"), *_parameters(first, second, "bias"),
@@ -293,11 +291,10 @@ def _launch(
             *(x2[0].stride()[:2] if second else (0, 0)),
             *(out[0].stride()[:3] if out else (0, 0, 0)),
             num_tiles if num_tiles and lengths.shape[0] > 1 else 0,
-            heads, count, num_tiles, rows, None if slots is None else slots.shape[2],
+            count, num_tiles, rows, None if slots is None else slots.shape[2],
             first_row, rotated, NORM=None if norm is None else norm.kind, STEP=step,
-            INTERLEAVED=rotary is None or rotary.interleaved, D=head_dim, SLOTS=size,
-            TOKENS=tokens, HEADS=group, STAGES=settings.num_stages, PARTS=parts,
-            HELD=0 if settings.num_stages else triton.cdiv(heads, group),
+            INTERLEAVED=rotary is None or rotary.interleaved, H=heads, D=head_dim,
+            SLOTS=size, TOKENS=tokens, HEADS=group, LOADS=loads, PARTS=parts,
             num_warps=settings.num_warps,
             enable_fp_fusion=False,  # stock code rounds every product
         )  # fmt: skip

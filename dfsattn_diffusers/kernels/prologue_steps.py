@@ -72,7 +72,7 @@ def load_shared(
 
 
 @triton.jit
-def _store_heads(
+def store_heads(
     p_x, stride_h, b_first, b_second, i_h, H, m_x, D: tl.constexpr, HEADS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
@@ -98,14 +98,21 @@ def _round(b_x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def finish(
-    b_first, b_second, b_scale, weight, weight2, w_first, w_second, bias_first, bias_second, b_cos,
-    b_sin, out, tiles, slots, i_length, eps, i_h, i_n, o_p, o_row, o_slot, m_p, m_real, m_w,
-    m_second, stride_oh, stride_on, H, T, N, NORM: tl.constexpr, STEP: tl.constexpr,
-    INTERLEAVED: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
-    HEADS: tl.constexpr, DTYPE: tl.constexpr,
+def each_value(o_out, SIZE: tl.constexpr):
+    """`[TOKENS, HEADS]` slots for `SIZE` values of each head, flat."""
+    tokens: tl.constexpr = o_out.shape[0]
+    heads: tl.constexpr = o_out.shape[1]
+    o_out = tl.broadcast_to(o_out[:, :, None], (tokens, heads, SIZE))
+    o_out = tl.reshape(o_out, (tokens, heads * SIZE)).to(tl.int64)
+    return tl.max_constancy(o_out, [1, SIZE])
+
+
+@triton.jit
+def norm_and_rotate(
+    b_first, b_second, b_scale, w_first, w_second, bias_first, bias_second, b_cos, b_sin, m_real,
+    eps, NORM: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Norm, rotate, store and pool what was loaded of `HEADS` heads from `i_h` on."""
+    """Of heads as loaded, float32 that is exact in `DTYPE`; what is None is left out."""
     # [TOKENS, HEADS, D / 2]
     b_first, b_second = b_first.to(tl.float32), b_second.to(tl.float32)
     if NORM is not None:
@@ -120,11 +127,7 @@ def finish(
         b_second *= b_scale
         if NORM == "rms":
             b_first, b_second = _round(b_first, DTYPE), _round(b_second, DTYPE)
-        if weight is not None:
-            if NORM == "rms_all_heads":
-                w_first, w_second = load_heads(
-                    weight, weight2, i_h, H, m_w, m_second, D, D, HEADS, INTERLEAVED
-                )
+        if w_first is not None:
             b_first *= w_first.to(tl.float32)
             b_second *= w_second.to(tl.float32)
         if bias_first is not None:
@@ -136,34 +139,4 @@ def finish(
         b_turned = _round(b_first * b_cos, STEP) - _round(b_second * b_sin, STEP)
         b_second = _round(b_second * b_cos, STEP) + _round(b_first * b_sin, STEP)
         b_first, b_second = _round(b_turned, DTYPE), _round(b_second, DTYPE)
-    if out is not None:
-        o_out = o_p
-        if slots is not None:
-            # [TOKENS, HEADS]; padding stays where it is.
-            o_h = (i_h + tl.arange(0, HEADS))[None, :]
-            o_out = tl.load(slots + o_h * N + o_row, mask=m_real & (o_h < H), other=o_p)
-            size: tl.constexpr = D if INTERLEAVED else D // 2
-            o_out = tl.broadcast_to(o_out[:, :, None], (TOKENS, HEADS, size))
-            o_out = tl.reshape(o_out, (TOKENS, HEADS * size)).to(tl.int64)
-            o_out = tl.max_constancy(o_out, [1, size])
-        p_out = out + o_out * stride_on
-        _store_heads(p_out, stride_oh, b_first, b_second, i_h, H, m_p, D, HEADS, INTERLEAVED)
-    if tiles is not None:
-        # [1, HEADS, D / 2]
-        m_pool = (o_slot < i_length)[:, :, None]
-        b_first = tl.sum(tl.where(m_pool, b_first, 0.0), 0, keep_dims=True)
-        b_second = tl.sum(tl.where(m_pool, b_second, 0.0), 0, keep_dims=True)
-        i_count = tl.maximum(i_length, 1).to(tl.float32)
-        stride_t = T.to(tl.int64) * D
-        m_tile = tl.full([1, 1], True, tl.int1)
-        if TOKENS < SLOTS:
-            # The sum so far is in memory, as not all heads fit registers.
-            b_old, b_old_second = load_heads(
-                tiles, None, i_h, H, m_tile & (i_n > 0), None, stride_t, D, HEADS, INTERLEAVED
-            )
-            b_first, b_second = b_first + b_old, b_second + b_old_second
-            i_count = tl.where(i_n + TOKENS < SLOTS, 1.0, i_count)
-        _store_heads(
-            tiles, stride_t, b_first / i_count, b_second / i_count, i_h, H, m_tile, D, HEADS,
-            INTERLEAVED,
-        )  # fmt: skip
+    return b_first, b_second

@@ -240,7 +240,7 @@ def test_prologue_rows_outlive_a_failure_and_the_fastest_is_named(
     module = load("benchmark_prologue")
     times = iter([4.0, 3.0, 9.0, 1.0, 2.0, RuntimeError() if broken else 9.0])
 
-    def milliseconds(function, iterations):
+    def device_ms(function, iterations):
         if isinstance(ms := next(times), RuntimeError):
             raise ms
         return ms
@@ -255,7 +255,7 @@ def test_prologue_rows_outlive_a_failure_and_the_fastest_is_named(
             return {}
 
     stubs = dict(
-        about=lambda **more: dict.fromkeys(MACHINE, "1") | more, milliseconds=milliseconds,
+        about=lambda **more: dict.fromkeys(MACHINE, "1") | more, device_ms=device_ms,
         Problem=Problem, ours=lambda streams: None, check=lambda *args: None,
         moved_bytes=lambda *args: 10**6, copy_ms=lambda *args: 0.5,
     )

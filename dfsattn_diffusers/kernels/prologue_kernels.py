@@ -204,8 +204,9 @@ def launch_shape(
     """Slots of a program, tokens of a step, heads of a load and loads of a step."""
     slots = tile or settings.slots
     tokens = min(slots, settings.tokens)
-    group = min(triton.next_power_of_2(heads), max(1, settings.elements // (tokens * head_dim)))
-    return slots, tokens, group, triton.cdiv(heads, group)
+    all_heads = 1 << (heads - 1).bit_length()
+    group = min(all_heads, max(1, settings.elements // (tokens * head_dim)))
+    return slots, tokens, group, -(-heads // group)
 
 
 def can_prepare(
@@ -282,7 +283,7 @@ def _launch(
     tile = count // num_tiles if num_tiles else None
     size, tokens, group, loads = launch_shape(heads, head_dim, tile, settings)
     with torch.cuda.device_of(first.q):
-        prologue_kernel[triton.cdiv(count, size) * parts, batch](
+        prologue_kernel[-(-count // size) * parts, batch](
             *x, *x2, *_parameters(first, second, "weight"), *_parameters(first, second, "bias"),
             *out, *[None] * (3 - len(out)), *tiles,
             source.contiguous() if source is not None else None,

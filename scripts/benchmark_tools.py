@@ -11,12 +11,20 @@ from pathlib import Path
 import torch
 
 
-def milliseconds(function, iterations, warmup=3):
-    """Median time of a call after `warmup` calls: CUDA events, or the clock where no GPU is."""
+def milliseconds(function, iterations, warmup=3, before=None):
+    """Median time of a call after `warmup` calls: CUDA events, or the clock where no GPU is.
+
+    `before` is called ahead of each timed call; work it leaves the GPU hides the host's time.
+    """
     for _ in range(warmup):
         function()
     measure = _on_gpu if torch.cuda.is_available() else _on_cpu
-    return statistics.median(measure(function) for _ in range(iterations))
+    times = []
+    for _ in range(iterations):
+        if before is not None:
+            before()
+        times.append(measure(function))
+    return statistics.median(times)
 
 
 def about(**more):

@@ -39,7 +39,7 @@ class Rotary:
 
     Attributes:
         cos, sin: `R * D` values as the host passes them, `[R, D]` or `[1, R, 1, D]`. The two
-            entries of a pair are equal: cos is read from the first, sin from the second.
+            entries of a pair are equal, and either may be read.
         first_row: Counted over all streams.
         interleaved: Pairs are neighbours, else the halves of a head.
         float32_steps: Products and sums are float32, as in `apply_rotary_emb` of diffusers; else of
@@ -313,16 +313,18 @@ def _check_slots(slots, streams, source, heads_first, tile_lengths) -> None:
 
 
 def _check_stream(stream: Stream, like: Tensor) -> None:
+    shape, dtype, device = stream.q.shape, like.dtype, like.device
+    if len(shape) != 4 or 0 in shape or not stream.q.is_floating_point() or shape[3] % 2:
+        raise ValueError(
+            "q must be a floating [B, N, H, D] tensor, D even, nothing empty, got "
+            f"{stream.q.dtype} {list(shape)}"
+        )
+    batch, _, heads, head_dim = like.shape
+    wanted = (batch, shape[1], heads, head_dim)
     for name, x in (("q", stream.q), ("k", stream.k), ("v", stream.v)):
-        if x.ndim != 4 or 0 in x.shape or not x.is_floating_point() or x.shape[-1] % 2:
+        if x.shape != wanted or x.dtype != dtype or x.device != device:
             raise ValueError(
-                f"{name} must be a floating [B, N, H, D] tensor, D even, nothing empty, got "
-                f"{x.dtype} {list(x.shape)}"
-            )
-        wanted = (like.shape[0], stream.q.shape[1], *like.shape[2:])
-        if x.shape != wanted or (x.dtype, x.device) != (like.dtype, like.device):
-            raise ValueError(
-                f"{name} must be {like.dtype} {list(wanted)} on {like.device} like the other "
+                f"{name} must be {dtype} {list(wanted)} on {device} like the other "
                 f"projections, got {x.dtype} {list(x.shape)} on {x.device}"
             )
     for norm in filter(None, (stream.q_norm, stream.k_norm)):
@@ -330,14 +332,14 @@ def _check_stream(stream: Stream, like: Tensor) -> None:
             raise ValueError(f"kind must be one of {', '.join(NORM_KINDS)}, got {norm.kind!r}")
         if norm.bias is not None and (norm.kind != "layer" or norm.weight is None):
             raise ValueError(f"bias needs kind 'layer' and a weight, got kind {norm.kind!r}")
-        heads = like.shape[2] if norm.kind == "rms_all_heads" else 1
+        size = head_dim * heads if norm.kind == "rms_all_heads" else head_dim
         for name, x in (("weight", norm.weight), ("bias", norm.bias)):
-            fits = x is None or x.numel() == heads * like.shape[3]
-            if not fits or x is not None and (x.dtype, x.device) != (like.dtype, like.device):
+            if x is None:
+                continue
+            if x.numel() != size or x.dtype != dtype or x.device != device:
                 raise ValueError(
-                    f"{name} of a {norm.kind!r} norm must be {like.dtype} "
-                    f"[{heads * like.shape[3]}] on {like.device}, got {x.dtype} "
-                    f"{list(x.shape)} on {x.device}"
+                    f"{name} of a {norm.kind!r} norm must be {dtype} [{size}] on {device}, "
+                    f"got {x.dtype} {list(x.shape)} on {x.device}"
                 )
 
 

@@ -1,9 +1,8 @@
 """Triton kernel of the prologue; `prologue.reference` is the specification.
 
-A program takes a run of slots of one of q, k, v, a few tokens at a time, and goes over their heads
-in groups that lie side by side in memory, so that a token's rotary table is read once. A norm over
-all heads goes over them twice: with 4 tokens a program, all that is in flight fits a large GPU's
-L2, so the second time comes from there or from L1.
+A program takes a run of slots of one of q, k, v, a few tokens at a time. All heads of a step are in
+registers, every load before the first use: a norm over all heads reads them once, and a token's
+rotary table is read once. Sums of a tile stay there too.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fast import arch_of
 from .prologue import Norm, Prepared, Rotary, Stream
+from .prologue_steps import each_value, load_heads, load_shared, norm_and_rotate, store_heads
 
 
 @dataclass(frozen=True)
@@ -27,86 +26,31 @@ class LaunchSettings:
     Attributes:
         slots: Of one program, where no tiles are pooled; else it is the tile.
         tokens: Of one step.
-        elements: Of one step, so that `elements / tokens / D` heads are one.
+        elements: Of one load, so that `elements / tokens / D` heads are one. A thread should have 8
+            of each token, 16 bytes: else tables are laid out unlike heads, and meet them in shared
+            memory.
         num_warps: Of one program.
-        num_stages: Of the pipeline over heads.
     """
 
     slots: int
     tokens: int
     elements: int
     num_warps: int
-    num_stages: int
 
 
-# By compute capability: no spills.
-SETTINGS = {80: LaunchSettings(16, 4, 4096, 4, 3), 86: LaunchSettings(16, 4, 4096, 4, 2)}
-# Where tiles alone are asked for: whole ones, whose sums stay in registers.
-ALONE = LaunchSettings(16, 16, 2048, 2, 2)
+SETTINGS = LaunchSettings(4, 2, 2048, 4)
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _HEAD_DIMS = (16, 32, 64, 128, 256)
 
 
 @triton.jit
-def _load(p_x, p_x2, m_x, m_second, other):
-    """From one of two streams; a choice of pointers would not load vectors."""
-    if p_x2 is None:
-        b_x = tl.load(p_x, mask=m_x, other=other)
-    else:
-        b_x = tl.load(p_x, mask=m_x & ~m_second, other=other)
-        b_x = tl.load(p_x2, mask=m_x & m_second, other=b_x)
-    return b_x
-
-
-@triton.jit
-def _load_pairs(p_x, p_x2, o_x, m_x, m_second, other, D: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Both members of every rotary pair, `[.., D / 2]` float32 each."""
-    if INTERLEAVED:
-        o_x += tl.arange(0, D)[None, None, :]
-        p_x += o_x
-        if p_x2 is not None:
-            p_x2 += o_x
-        b_x = _load(p_x, p_x2, m_x, m_second, other)
-        b_x = tl.reshape(b_x, (b_x.shape[0], b_x.shape[1], D // 2, 2))
-        b_first, b_second = tl.split(b_x)
-    else:
-        o_x += tl.arange(0, D // 2)[None, None, :]
-        p_x += o_x
-        p_half, p_half2 = p_x + D // 2, p_x2
-        if p_x2 is not None:
-            p_x2 += o_x
-            p_half2 = p_x2 + D // 2
-        b_first = _load(p_x, p_x2, m_x, m_second, other)
-        b_second = _load(p_half, p_half2, m_x, m_second, other)
-    return b_first.to(tl.float32), b_second.to(tl.float32)
-
-
-@triton.jit
-def _store_pairs(p_x, b_first, b_second, m_x, D: tl.constexpr, INTERLEAVED: tl.constexpr):
-    kind: tl.constexpr = p_x.dtype.element_ty
-    if INTERLEAVED:
-        b_x = tl.join(b_first.to(kind), b_second.to(kind))
-        b_x = tl.reshape(b_x, (b_x.shape[0], b_x.shape[1], D))
-        tl.store(p_x + tl.arange(0, D)[None, None, :], b_x, mask=m_x)
-    else:
-        p_x += tl.arange(0, D // 2)[None, None, :]
-        tl.store(p_x, b_first.to(kind), mask=m_x)
-        tl.store(p_x + D // 2, b_second.to(kind), mask=m_x)
-
-
-@triton.jit
-def _round(b_x, DTYPE: tl.constexpr):
-    return b_x.to(DTYPE).to(tl.float32)
-
-
-@triton.jit
 def _prepare(
     x, x2, weight, weight2, bias, bias2, out, tiles, source, slots, lengths, cos, sin, eps, i_tile,
     stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh, stride_on, stride_lengths,
-    H, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM: tl.constexpr, STEP: tl.constexpr,
-    INTERLEAVED: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
-    HEADS: tl.constexpr, STAGES: tl.constexpr,
+    P, T, ROWS, N, FIRST_ROW, ROTATED, NORM: tl.constexpr, STEP: tl.constexpr,
+    INTERLEAVED: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
     """`SLOTS` slots of one of q, k, v, all heads."""
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -116,12 +60,16 @@ def _prepare(
         out += i_b * stride_ob
     if x2 is not None:
         x2 += i_b * stride_b2
+    i_length, sums = None, ()
     if tiles is not None:
         i_length = tl.load(lengths + i_b * stride_lengths + i_tile)
-        tiles += (i_b * H * T + i_tile) * D
+        for _ in tl.static_range(2 * LOADS):
+            sums += (tl.zeros([1, HEADS, D // 2], tl.float32),)
+    if slots is not None:
+        slots += i_b * H * N
     for i_n in range(0, SLOTS, TOKENS):
-        # [TOKENS, 1, 1]
-        o_slot = (i_n + tl.arange(0, TOKENS))[:, None, None]
+        # [TOKENS, 1]
+        o_slot = (i_n + tl.arange(0, TOKENS))[:, None]
         o_p = (i_tile * SLOTS + o_slot).to(tl.int64)
         m_p = o_p < P
         if source is not None:
@@ -132,110 +80,97 @@ def _prepare(
         p_row, p_row2, m_second = x + o_row * stride_n, x2, o_row >= ROWS
         if x2 is not None:
             p_row2 = x2 + (o_row - ROWS) * stride_n2
-        # [1 or TOKENS, 1, 1]
-        o_w = tl.zeros([1 if x2 is None else TOKENS, 1, 1], tl.int32)
+        loaded, placed = (), ()
+        for i_load in tl.static_range(LOADS):
+            loaded += (load_heads(
+                p_row, p_row2, i_load * HEADS, H, m_real, m_second, D, D, HEADS, INTERLEAVED
+            ),)  # fmt: skip
+            if slots is not None:
+                # [TOKENS, HEADS]; padding stays where it is.
+                o_h = (i_load * HEADS + tl.arange(0, HEADS))[None, :]
+                placed += (
+                    tl.load(slots + o_h * N + o_row, mask=m_real & (o_h < H), other=o_p),
+                )
+            else:
+                placed += (o_p,)
+        b_cos, b_sin, b_scale, w_first, w_second = None, None, None, None, None
+        bias_first, bias_second = None, None
         if cos is not None:
             o_angle = o_row - FIRST_ROW
             m_turn = (o_angle >= 0) & (o_angle < ROTATED)
-            # [TOKENS, 1, D / 2]
-            b_cos, _ = _load_pairs(cos, None, o_angle * D, m_turn, None, 1.0, D, INTERLEAVED)
-            _, b_sin = _load_pairs(sin, None, o_angle * D, m_turn, None, 0.0, D, INTERLEAVED)
+            # [TOKENS, HEADS, D / 2]. Both entries are used, or vectors would be loaded in pieces.
+            b_cos, b_same = load_shared(
+                cos + o_angle * D, None, m_turn, None, 1.0, D, HEADS, INTERLEAVED
+            )
+            b_cos = tl.maximum(b_cos, b_same)
+            b_same, b_sin = load_shared(
+                sin + o_angle * D, None, m_turn, None, 0.0, D, HEADS, INTERLEAVED
+            )
+            b_sin = tl.maximum(b_same, b_sin)
+        # [1 or TOKENS, 1]
+        m_w = tl.full([1 if x2 is None else TOKENS, 1], True, tl.int1)
         if NORM == "rms_all_heads":
-            # [TOKENS, HEADS, D / 2]
             b_square = tl.zeros([TOKENS, HEADS, D // 2], tl.float32)
-            for i_h in tl.range(0, H, HEADS, num_stages=STAGES):
-                o_h = (i_h + tl.arange(0, HEADS))[None, :, None]
-                b_first, b_second = _load_pairs(
-                    p_row, p_row2, o_h * D, m_real & (o_h < H), m_second, 0.0, D, False
-                )
+            for i_load in tl.static_range(LOADS):
+                b_first, b_second = loaded[i_load]
+                b_first, b_second = b_first.to(tl.float32), b_second.to(tl.float32)
                 b_square += b_first * b_first + b_second * b_second
             # [TOKENS, 1, 1]
             b_square = tl.sum(tl.sum(b_square, 2, keep_dims=True), 1, keep_dims=True)
             b_scale = tl.rsqrt(b_square / (H * D) + eps)
         elif weight is not None:
-            # [1 or TOKENS, 1, D / 2]
-            w_first, w_second = _load_pairs(
-                weight, weight2, o_w, o_w == 0, m_second, 0.0, D, INTERLEAVED
+            # [1 or TOKENS, HEADS, D / 2]
+            w_first, w_second = load_shared(
+                weight, weight2, m_w, m_second, 0.0, D, HEADS, INTERLEAVED
             )
         if bias is not None:
-            bias_first, bias_second = _load_pairs(
-                bias, bias2, o_w, o_w == 0, m_second, 0.0, D, INTERLEAVED
+            bias_first, bias_second = load_shared(
+                bias, bias2, m_w, m_second, 0.0, D, HEADS, INTERLEAVED
             )
-        for i_h in tl.range(0, H, HEADS, num_stages=STAGES):
-            # [1, HEADS, 1]
-            o_h = (i_h + tl.arange(0, HEADS))[None, :, None]
-            m_h = o_h < H
-            # [TOKENS, HEADS, D / 2]
-            b_first, b_second = _load_pairs(
-                p_row, p_row2, o_h * D, m_real & m_h, m_second, 0.0, D, INTERLEAVED
-            )
-            if NORM is not None:
-                if NORM == "layer":
-                    b_mean = tl.sum(b_first + b_second, 2, keep_dims=True) / D
-                    b_first -= b_mean
-                    b_second -= b_mean
-                if NORM != "rms_all_heads":
-                    b_square = b_first * b_first + b_second * b_second
-                    b_scale = tl.rsqrt(tl.sum(b_square, 2, keep_dims=True) / D + eps)
-                b_first *= b_scale
-                b_second *= b_scale
-                if NORM == "rms":
-                    b_first, b_second = _round(b_first, DTYPE), _round(b_second, DTYPE)
-                if weight is not None:
-                    if NORM == "rms_all_heads":
-                        w_first, w_second = _load_pairs(
-                            weight, weight2, o_w + o_h * D, m_h, m_second, 0.0, D, INTERLEAVED
-                        )
-                    b_first *= w_first
-                    b_second *= w_second
-                if bias is not None:
-                    # Padding stays 0.
-                    b_first = tl.where(m_real, b_first + bias_first, 0.0)
-                    b_second = tl.where(m_real, b_second + bias_second, 0.0)
-                b_first, b_second = _round(b_first, DTYPE), _round(b_second, DTYPE)
-            if cos is not None:
-                b_turned = _round(b_first * b_cos, STEP) - _round(b_second * b_sin, STEP)
-                b_second = _round(b_second * b_cos, STEP) + _round(b_first * b_sin, STEP)
-                b_first, b_second = _round(b_turned, DTYPE), _round(b_second, DTYPE)
+        old, sums = sums, ()
+        for i_load in tl.static_range(LOADS):
+            i_h = i_load * HEADS
+            if NORM == "rms_all_heads" and weight is not None:
+                w_first, w_second = load_heads(
+                    weight, weight2, i_h, H, m_w, m_second, D, D, HEADS, INTERLEAVED
+                )
+            b_first, b_second = loaded[i_load]
+            b_first, b_second = norm_and_rotate(
+                b_first, b_second, b_scale, w_first, w_second, bias_first, bias_second, b_cos,
+                b_sin, m_real, eps, NORM, STEP, D, DTYPE,
+            )  # fmt: skip
             if out is not None:
-                o_out = o_p
+                o_out = placed[i_load]
                 if slots is not None:
-                    # [TOKENS, HEADS, 1]; padding stays where it is.
-                    p_slot = slots + (i_b * H + o_h) * N + o_row
-                    o_out = tl.load(p_slot, mask=m_real & m_h, other=o_p).to(tl.int64)
-                p_out = out + o_out * stride_on + o_h.to(tl.int64) * stride_oh
-                _store_pairs(p_out, b_first, b_second, m_p & m_h, D, INTERLEAVED)
+                    o_out = each_value(o_out, D if INTERLEAVED else D // 2)
+                p_out = out + o_out * stride_on
+                store_heads(p_out, stride_oh, b_first, b_second, i_h, H, m_p, D, HEADS, INTERLEAVED)
             if tiles is not None:
-                # [1, HEADS, D / 2]
-                m_pool = o_slot < i_length
-                b_first = tl.sum(tl.where(m_pool, b_first, 0.0), 0, keep_dims=True)
-                b_second = tl.sum(tl.where(m_pool, b_second, 0.0), 0, keep_dims=True)
-                o_tile = o_h.to(tl.int64) * T * D
-                i_count = tl.maximum(i_length, 1).to(tl.float32)
-                if TOKENS < SLOTS:
-                    # The sum so far is in memory, as not all heads fit registers.
-                    b_old, b_old_second = _load_pairs(
-                        tiles, None, o_tile, m_h & (i_n > 0), None, 0.0, D, INTERLEAVED
-                    )
-                    b_first, b_second = b_first + b_old, b_second + b_old_second
-                    i_count = tl.where(i_n + TOKENS < SLOTS, 1.0, i_count)
-                p_tile = tiles + o_tile
-                _store_pairs(p_tile, b_first / i_count, b_second / i_count, m_h, D, INTERLEAVED)
-        if tiles is not None and TOKENS < SLOTS:
-            # Another thread may read what this one stored.
-            tl.debug_barrier()
+                m_pool = (o_slot < i_length)[:, :, None]
+                b_first, b_second = tl.where(m_pool, b_first, 0.0), tl.where(m_pool, b_second, 0.0)
+                sums += (
+                    old[2 * i_load] + tl.sum(b_first, 0, keep_dims=True),
+                    old[2 * i_load + 1] + tl.sum(b_second, 0, keep_dims=True),
+                )
+    if tiles is not None:
+        tiles += (i_b * H * T + i_tile) * D
+        i_count = tl.maximum(i_length, 1).to(tl.float32)
+        m_tile = tl.full([1, 1], True, tl.int1)
+        for i_load in tl.static_range(LOADS):
+            store_heads(
+                tiles, T.to(tl.int64) * D, sums[2 * i_load] / i_count,
+                sums[2 * i_load + 1] / i_count, i_load * HEADS, H, m_tile, D, HEADS, INTERLEAVED,
+            )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=["H", "P", "T", "ROWS", "N", "FIRST_ROW", "ROTATED", "stride_lengths"]
-)
+@triton.jit(do_not_specialize=["P", "T", "ROWS", "N", "FIRST_ROW", "ROTATED", "stride_lengths"])
 def prologue_kernel(
     q, k, v, q2, k2, v2, q_weight, k_weight, q_weight2, k_weight2, q_bias, k_bias, q_bias2, k_bias2,
     q_out, k_out, v_out, q_tiles, k_tiles, source, slots, lengths, cos, sin, eps,
     stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh, stride_on, stride_lengths,
-    H, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM: tl.constexpr, STEP: tl.constexpr,
-    INTERLEAVED: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
-    HEADS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
+    P, T, ROWS, N, FIRST_ROW, ROTATED, NORM: tl.constexpr, STEP: tl.constexpr,
+    INTERLEAVED: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, LOADS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """q, k, v of the same slots are neighbours, so that their rotary tables come from L2."""
     i_tile, i_part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
@@ -243,39 +178,35 @@ def prologue_kernel(
         _prepare(
             q, q2, q_weight, q_weight2, q_bias, q_bias2, q_out, q_tiles, source, slots, lengths,
             cos, sin, eps, i_tile, stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh,
-            stride_on, stride_lengths, H, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM, STEP,
-            INTERLEAVED, D, SLOTS, TOKENS, HEADS, STAGES,
+            stride_on, stride_lengths, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM, STEP,
+            INTERLEAVED, H, D, SLOTS, TOKENS, HEADS, LOADS,
         )  # fmt: skip
     elif i_part == 1:
         _prepare(
             k, k2, k_weight, k_weight2, k_bias, k_bias2, k_out, k_tiles, source, slots, lengths,
             cos, sin, eps, i_tile, stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh,
-            stride_on, stride_lengths, H, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM, STEP,
-            INTERLEAVED, D, SLOTS, TOKENS, HEADS, STAGES,
+            stride_on, stride_lengths, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM, STEP,
+            INTERLEAVED, H, D, SLOTS, TOKENS, HEADS, LOADS,
         )  # fmt: skip
     else:
         if v_out is not None:  # without it there is no such part, yet it would be compiled
             _prepare(
                 v, v2, None, None, None, None, v_out, None, source, slots, None, None, None, eps,
                 i_tile, stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh, stride_on,
-                stride_lengths, H, P, T, ROWS, N, FIRST_ROW, ROTATED, None, STEP, False, D, SLOTS,
-                TOKENS, HEADS, STAGES,
+                stride_lengths, P, T, ROWS, N, FIRST_ROW, ROTATED, None, STEP, True, H, D, SLOTS,
+                TOKENS, HEADS, LOADS,
             )  # fmt: skip
-
-
-def settings_for(arch: int) -> LaunchSettings:
-    """The table's entry for a compute capability."""
-    return SETTINGS[max(known for known in SETTINGS if known <= arch)]
 
 
 def launch_shape(
     heads: int, head_dim: int, tile: int | None, settings: LaunchSettings
-) -> tuple[int, int, int]:
-    """Slots of a program, tokens and heads of a step."""
+) -> tuple[int, int, int, int]:
+    """Slots of a program, tokens of a step, heads of a load and loads of a step."""
     slots = tile or settings.slots
     tokens = min(slots, settings.tokens)
-    group = min(triton.next_power_of_2(heads), max(1, settings.elements // (tokens * head_dim)))
-    return slots, tokens, group
+    all_heads = 1 << (heads - 1).bit_length()
+    group = min(all_heads, max(1, settings.elements // (tokens * head_dim)))
+    return slots, tokens, group, -(-heads // group)
 
 
 def can_prepare(
@@ -301,7 +232,7 @@ def prepare_qkv(
     heads_first: bool,
     tile_lengths: Tensor | None,
     slots: Tensor | None = None,
-    settings: LaunchSettings | None = None,
+    settings: LaunchSettings = SETTINGS,
 ) -> Prepared:
     """`prologue.prepare_qkv` where `can_prepare` says yes."""
     like, count = streams[0].q, _slot_count(streams, source)
@@ -316,7 +247,7 @@ def prepare_qkv(
 
 def pool_qk(
     streams: Sequence[Stream], rotary: Rotary | None, source: Tensor | None, tile_lengths: Tensor,
-    settings: LaunchSettings = ALONE,
+    settings: LaunchSettings = SETTINGS,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`prologue.pool_qk` where `can_prepare` says yes."""
     return _launch(streams, rotary, source, [], tile_lengths, settings=settings)
@@ -329,7 +260,7 @@ def _launch(
     out: list[Tensor],
     lengths: Tensor | None,
     slots: Tensor | None = None,
-    settings: LaunchSettings | None = None,
+    settings: LaunchSettings = SETTINGS,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Fill `out`, `[B, H, P, D]` of q, k and v, of q and k or none; return tiles."""
     first, second = streams[0], streams[1] if len(streams) == 2 else None
@@ -349,12 +280,10 @@ def _launch(
         if not rotary.float32_steps:
             step = _DTYPES[torch.promote_types(first.q.dtype, cos.dtype)]
 
-    if settings is None:
-        settings = settings_for(arch_of(first.q))
     tile = count // num_tiles if num_tiles else None
-    size, tokens, group = launch_shape(heads, head_dim, tile, settings)
+    size, tokens, group, loads = launch_shape(heads, head_dim, tile, settings)
     with torch.cuda.device_of(first.q):
-        prologue_kernel[triton.cdiv(count, size) * parts, batch](
+        prologue_kernel[-(-count // size) * parts, batch](
             *x, *x2, *_parameters(first, second, "weight"), *_parameters(first, second, "bias"),
             *out, *[None] * (3 - len(out)), *tiles,
             source.contiguous() if source is not None else None,
@@ -363,10 +292,10 @@ def _launch(
             *(x2[0].stride()[:2] if second else (0, 0)),
             *(out[0].stride()[:3] if out else (0, 0, 0)),
             num_tiles if num_tiles and lengths.shape[0] > 1 else 0,
-            heads, count, num_tiles, rows, None if slots is None else slots.shape[2],
+            count, num_tiles, rows, None if slots is None else slots.shape[2],
             first_row, rotated, NORM=None if norm is None else norm.kind, STEP=step,
-            INTERLEAVED=rotary is not None and rotary.interleaved, D=head_dim, SLOTS=size,
-            TOKENS=tokens, HEADS=group, STAGES=settings.num_stages, PARTS=parts,
+            INTERLEAVED=rotary is None or rotary.interleaved, H=heads, D=head_dim,
+            SLOTS=size, TOKENS=tokens, HEADS=group, LOADS=loads, PARTS=parts,
             num_warps=settings.num_warps,
             enable_fp_fusion=False,  # stock code rounds every product
         )  # fmt: skip

@@ -178,20 +178,19 @@ def add_kernel(
     BLOCKS: tl.constexpr = POOLS // PER_BLOCK
     # [POOLS]
     o_step = tl.arange(0, POOLS)
-    # One step ahead: loads of bits are not pipelined.
-    i_next = _kept(p_bits, 0, N_BYTES, BLOCKS)
+    # One step ahead: loads of single words are not pipelined.
+    i_bits = _kept(p_bits, 0, N_BYTES, BLOCKS)
+    b_bias = tl.load(p_bias + o_step, mask=o_step < P, other=float("-inf"))
     for i_p in range(0, P, POOLS):
-        m_p = i_p + o_step < P
-        b_bias = tl.load(p_bias + i_p + o_step, mask=m_p, other=float("-inf")) * LOG2_E
-        b_bias = _hide(b_bias, i_next, POOLS, PER_BLOCK)
-        i_last = tl.minimum(i_p + POOLS, P - 1) // PER_BLOCK
-        i_next = _kept(p_bits, i_last, N_BYTES, BLOCKS)
-        # [POOLS, D]
-        o_pool = p_pools + (i_p + o_step).to(tl.int64)[:, None] * D
-        b_k = tl.load(keys + o_pool, mask=m_p[:, None], other=0.0)
-        b_v = tl.load(values + o_pool, mask=m_p[:, None], other=0.0)
+        b_now = _hide(b_bias * LOG2_E, i_bits, POOLS, PER_BLOCK)
+        o_next = i_p + POOLS + o_step
+        b_bias = tl.load(p_bias + o_next, mask=o_next < P, other=float("-inf"))
+        i_bits = _kept(p_bits, tl.minimum(i_p + POOLS, P - 1) // PER_BLOCK, N_BYTES, BLOCKS)
+        # [POOLS, D]; behind the last pool it once more, which the bias hides
+        o_pool = p_pools + tl.minimum(i_p + o_step, P - 1).to(tl.int64)[:, None] * D
+        b_k, b_v = tl.load(keys + o_pool), tl.load(values + o_pool)
         # [QUERIES, POOLS]
-        b_s = tl.dot(b_q, tl.trans(b_k)) * scale_log2 + b_bias[None, :]
+        b_s = tl.dot(b_q, tl.trans(b_k)) * scale_log2 + b_now[None, :]
         # [QUERIES]
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)

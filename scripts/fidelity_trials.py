@@ -69,9 +69,6 @@ def _curves(*names):
 _PLANES = ("hilbert2d", "hilbert_fw", "hilbert_fh")
 _MOMENTS, _LAYERS = ideas.second_moment_scores, ideas.of_layer
 _LOSS, _ERROR, _DRIFT = ideas.budget_by_loss, ideas.budget_by_error, ideas.refresh_on_drift
-# A dense step less at the start: 11, 5 and 2 of 50.
-_LESS = {"paper": 0.22, "preset fast": 0.1, "preset turbo": 0.04}
-
 TRIALS = {
     # 1. The budget over layers and over steps.
     **_of_presets("layers by loss", partial(_LOSS, group=_LAYERS), BASELINES),
@@ -89,13 +86,7 @@ TRIALS = {
     # 3. Second moments in scores.
     **_of_presets("scores with moments of keys", partial(_MOMENTS, of_queries=False), BASELINES),
     **_of_presets("scores with moments of both", partial(_MOMENTS, of_queries=True), BASELINES),
-    # 4. A dense last step.
-    **{
-        f"{name}, dense last step for one at the start": Trial(
-            name, ideas.last_step_dense, dict(dense_fraction=dense)
-        )
-        for name, dense in _LESS.items()
-    },
+    # 4. A dense last step; one for one at the start is a variant.
     **_of_presets("dense last step, intervals stretched", ideas.last_refresh_at_the_end),
     # 5. Curves: other axes, awkward grids, fewer and more of them.
     **{

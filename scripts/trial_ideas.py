@@ -16,7 +16,6 @@ import torch
 from dfsattn_diffusers import attention, curves, schedule, selection
 from dfsattn_diffusers.kernels.prologue import pool_qk, pool_tiles, prepare_qkv
 from dfsattn_diffusers.processors import base
-from dfsattn_diffusers.schedule import Decision
 from dfsattn_diffusers.state import DFSAttnState
 
 LEAST, MOST = 0.5, 2.0  # of what a group kept before, about
@@ -195,17 +194,6 @@ def second_moment_scores(probe, of_queries):
 
     with mock.patch.multiple(attention, pool_qk=pool, prepare_qkv=prepare):
         yield
-
-
-def last_step_dense(probe):
-    """The last step is dense; its baseline's changes have one dense step less at the start."""
-
-    def change(decision, state, layer, batch):
-        position = state.forward.position
-        last = position.step == position.num_steps - 1
-        return Decision("dense", reason="last step") if last else decision
-
-    return deciding(change)
 
 
 @contextmanager

@@ -169,6 +169,27 @@ def fidelity():
     return "\n\n".join([about, *panels])
 
 
+def trials():
+    """A line for each idea and baseline, a column for each witness."""
+    data = json.loads((ROOT / "benchmarks" / "trials.json").read_text())
+    lines, names = {}, {}
+    for run in data["runs"]:
+        if "gain" not in run:
+            continue  # a baseline
+        (low, high), gain = run["gain"]["interval"], run["gain"]["psnr"]
+        names[run["witness"]] = None
+        line = lines.setdefault(run["variant"], {})
+        line[run["witness"]] = f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]"
+    rows = [
+        [what, f"`{baseline.removeprefix('preset ')}`", *(line.get(name, "-") for name in names)]
+        for (baseline, what), line in sorted(
+            ((name.split(", ", 1), line) for name, line in lines.items()),
+            key=lambda pair: pair[0][::-1],
+        )
+    ]
+    return markdown(["idea", "in", *names], rows)
+
+
 def models():
     path = ROOT / "benchmarks" / "model.json"
     if not path.exists():
@@ -197,7 +218,7 @@ def models():
 TABLES = {
     "README.md": {"presets": presets},
     "docs/performance.md": {"kernels": kernels, "prologue": prologue, "models": models},
-    "docs/fidelity.md": {"fidelity": fidelity},
+    "docs/fidelity.md": {"fidelity": fidelity, "trials": trials},
 }
 DRAWING = "docs/fidelity.svg"
 

@@ -94,6 +94,7 @@ def test_overrides_and_immutability():
         (dict(dense_layers=("12",)), TypeError, "dense_layers must be a whole number"),
         (dict(min_tokens=1.5), TypeError, "min_tokens must be a whole number"),
         (dict(share_maps_across_branches="False"), TypeError, "must be True or False"),
+        (dict(last_step_dense=1), TypeError, "last_step_dense must be True or False; got 1"),
         (dict(backend=None), TypeError, "backend must be"),
     ],
     ids=str,

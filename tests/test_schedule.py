@@ -6,6 +6,7 @@ from dfsattn_diffusers.schedule import (
     LEAST_DENSE_INTERVAL,
     config_for_steps,
     decide,
+    decisions,
     nominal_cost,
     refresh_steps,
     segment_of,
@@ -93,6 +94,22 @@ def test_refreshes_of_a_preset_come_ever_later(preset, num_steps):
     assert steps and steps[-1] < num_steps and min(gaps, default=least) >= least
     # Whole steps may take one back.
     assert all(later >= earlier - 1 for earlier, later in zip(gaps, gaps[1:]))
+
+
+@pytest.mark.parametrize("preset, less", [("fast", 0.1), ("turbo", 0.04), ("paper", 0.22)])
+def test_a_dense_last_step_costs_one_at_the_start(preset, less):
+    config = resolve_config(preset)
+    last = config.replace(dense_fraction=less, last_step_dense=True)
+    assert steps_of(less, 50) == steps_of(config.dense_fraction, 50) - 1
+    final = list(decisions(last, 50))[-1]
+    assert (final.mode, final.reason) == ("dense", "last step")
+    ratio = config.keep_ratios[-1]
+    assert nominal_cost(last) == pytest.approx(nominal_cost(config), abs=0.2 * (1 - ratio) / 50)
+
+
+def test_short_runs_have_no_dense_last_step():
+    config = resolve_config("turbo").replace(last_step_dense=True)
+    assert list(decisions(config, 8)) == list(decisions(resolve_config("turbo"), 8))
 
 
 def test_reasons_for_dense():

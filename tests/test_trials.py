@@ -21,7 +21,7 @@ from fidelity_trials import TRIALS, Trial  # noqa: E402
 from fidelity_variants import VARIANTS, Variant  # noqa: E402
 from test_witness import random_witness  # noqa: E402
 
-from dfsattn_diffusers import curves, enable_dfsattn, schedule  # noqa: E402
+from dfsattn_diffusers import curves, enable_dfsattn  # noqa: E402
 from dfsattn_diffusers.kernels import BlockMap  # noqa: E402
 from dfsattn_diffusers.kernels.prologue import Stream  # noqa: E402
 from dfsattn_diffusers.layout import TokenGeometry, TokenLayout  # noqa: E402
@@ -200,29 +200,11 @@ def test_second_moment_scores(wan, plain, of_queries):
     assert not torch.equal(changed.video, plain.video)
 
 
-def test_dense_last_step(wan, plain):
-    assert plain.calls[0, "cond"][-1].mode == "reuse"
-    less = Variant("fast", SPARSE | dict(dense_fraction=0.06))
-    ours = watch(wan, ideas.last_step_dense(None), less)
-    assert all(calls[-1].reason == "last step" for calls in ours.calls.values())
+def test_last_refresh_at_the_end(wan, plain):
     stretched = watch(wan, ideas.last_refresh_at_the_end(None))
     for key, steps in refreshes(stretched).items():
         assert steps[-1] == STEPS - 1 and len(steps) == len(refreshes(plain)[key])
     assert stretched.cost == pytest.approx(plain.cost, rel=1e-3)
-
-
-def test_a_dense_last_step_costs_what_one_at_the_start_does():
-    for name in fidelity_trials.BASELINES:
-        trial = TRIALS[f"{name}, dense last step for one at the start"]
-        config, other = (benchmark_fidelity.config_of(v) for v in (VARIANTS[name], trial.variant))
-        config, other = (benchmark_fidelity.resolve_config(c) for c in (config, other))
-        modes, others = (list(schedule.decisions(c, 50)) for c in (config, other))
-        residual = config.residual_pool is not None
-        exact, fewer = (
-            sum(d.mode == "dense" or residual and d.mode == "refresh" for d in calls)
-            for calls in (modes, others)
-        )
-        assert fewer == exact - 1 and others[-1].mode == "reuse"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from dfsattn_diffusers.kernels import BlockMap, api, explain
 from dfsattn_diffusers.kernels.backends import load_backend
 
 backend = load_backend("gluon_hopper")
-if not hasattr(backend, "STAGES"):
+if not hasattr(backend, "SETTINGS"):
     pytest.skip(backend.why_not(None), allow_module_level=True)
 
 # Head dim, key block, dtype, whether lengths, an order and the log-sum-exp are asked for, and keys
@@ -75,7 +75,7 @@ def test_refuses_what_it_cannot_do(monkeypatch, device, changes, message):
 
 
 @pytest.mark.parametrize("change", [segments, some_full_rows])
-@pytest.mark.parametrize("head_dim, key_block", backend.STAGES)
+@pytest.mark.parametrize("head_dim, key_block", backend.SETTINGS)
 @pytest.mark.parametrize("shorter", [0, 1])
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_CUDA)])
 def test_several_rows_a_program(monkeypatch, device, shorter, head_dim, key_block, change):
@@ -96,7 +96,7 @@ def test_several_rows_a_program(monkeypatch, device, shorter, head_dim, key_bloc
 
 
 @pytest.mark.parametrize("change", [segments, some_full_rows])
-@pytest.mark.parametrize("head_dim, key_block", backend.STAGES)
+@pytest.mark.parametrize("head_dim, key_block", backend.SETTINGS)
 @pytest.mark.parametrize("pool", [4, 8, 16, 32, 64])
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_CUDA)])
 def test_tail(monkeypatch, device, pool, head_dim, key_block, change):
@@ -147,26 +147,29 @@ def test_fits_the_gpu():
         assert build["undefined"] == [], build
 
 
-def compile_for_hopper(head_dim, key_block, dtype, everything, pool=0):
+def compile_for_hopper(head_dim, key_block, dtype, everything, pool, settings):
     """Compile the kernel without a GPU and ask ptxas what it takes."""
     kernel = backend.block_sparse_kernel
     x = torch.zeros(1, 1, 256, head_dim, dtype=getattr(torch, dtype))
     ints, floats = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
     values = dict(
-        q=backend._describe(x, 64), k=backend._describe(x, key_block),
-        v=backend._describe(x, key_block), out=x, rows=ints, counts=ints, indices=ints,
+        q=backend._describe(x, 128 // settings.warpgroups), k=backend._describe(x, settings.tile),
+        v=backend._describe(x, settings.tile), out=x, rows=ints, counts=ints, indices=ints,
         scale_log2=0.1,
         lse=floats if everything else None, key_lengths=ints if everything else None,
         output_order=ints if everything else None, order_stride=300 if everything else None,
-        pool_keys=backend._describe(x, key_block) if pool else None,
-        pool_values=backend._describe(x, key_block) if pool else None,
+        pool_keys=backend._describe(x, settings.tile) if pool else None,
+        pool_values=backend._describe(x, settings.tile) if pool else None,
         bias=floats if pool else None, bits=ints.to(torch.uint8) if pool else None,
     )
     constants = dict(
-        D=head_dim, ROWS=64, KEYS=key_block, STAGES=backend.STAGES[head_dim, key_block],
+        D=head_dim, ROWS=128 // settings.warpgroups, KEYS=settings.tile, STAGES=settings.num_stages,
+        PER_BLOCK=key_block // settings.tile, QUERIES=settings.queries, WARPGROUPS=settings.warpgroups,
         HAS_LENGTHS=everything, ORDERED=everything, WITH_LSE=everything, POOL=pool,
     )
-    return compile_gluon(kernel, values, constants)[0]
+    return compile_gluon(
+        kernel, values, constants, backend.MAX_REGISTERS[settings.warpgroups]
+    )[0]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dfsattn_diffusers.kernels import api
 
 pytest.importorskip("triton")
 BACKENDS = "dfsattn_diffusers.kernels.backends"
-_NAMES = ("_hopper_rings", "_hopper_tail", "_hopper_rows", "gluon_hopper")
+_NAMES = ("_hopper_rings", "_hopper_tail", "_hopper_rows", "_hopper_attend", "gluon_hopper")
 MODULES = tuple(f"{BACKENDS}.{name}" for name in _NAMES)
 
 
@@ -62,6 +62,16 @@ def test_rings_of_any_depth(backend, monkeypatch, num_stages, change):
     monkeypatch.setattr(backend, "SETTINGS", with_stages(backend.SETTINGS, num_stages))
     p = change(problem(dtype=torch.float16, num_queries=650, density=0.4))
     p.mask[:, 0, 1] = False
+    check(p, "gluon_hopper")
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(queries=1), dict(programs=None), dict(early=True), dict(early=False)]
+)
+def test_other_ways_to_launch(backend, monkeypatch, changes):
+    settings = {sizes: replace(s, **changes) for sizes, s in backend.SETTINGS.items()}
+    monkeypatch.setattr(backend, "SETTINGS", settings)
+    p = segments(problem(dtype=torch.float16, num_queries=900, density=0.4))
     check(p, "gluon_hopper")
 
 

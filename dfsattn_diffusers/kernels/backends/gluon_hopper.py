@@ -15,19 +15,9 @@ from torch import Tensor
 from . import AttentionCall, capability
 from . import _hopper_rings as rings
 from . import _hopper_tail as tails
-from ._hopper_rings import TensorDescriptor, gl, gluon, warpgroup_mma, warpgroup_mma_wait
-from ._hopper_rows import (
-    COUNTS,
-    add_bias,
-    bias_of,
-    clear_padding,
-    count_whole,
-    multiply_keys,
-    num_rounds,
-    produce,
-    row_at,
-    store_rows,
-)
+from ._hopper_attend import attend
+from ._hopper_rings import TensorDescriptor, gl, gluon
+from ._hopper_rows import COUNTS, count_whole, num_rounds, produce, row_at, store_rows
 
 NAME = "gluon_hopper"
 
@@ -44,6 +34,7 @@ class LaunchSettings:
         tile: Keys of a product, a part of a key block or all of it.
         warpgroups: 2 that share a row, or 1.
         queries: Rows whose queries are in shared memory, 2 to load the next row's meanwhile.
+        early: Whether the wait for the next keys comes before the one for the last product.
         programs: Per multiprocessor, each of which takes row after row; None for one per row.
     """
 
@@ -51,6 +42,7 @@ class LaunchSettings:
     tile: int
     warpgroups: int = 2
     queries: int = 2
+    early: bool = False
     programs: int | None = 1
 
 
@@ -65,96 +57,11 @@ SETTINGS = {
     (64, 128): LaunchSettings(3, tile=128),
     (64, 64): LaunchSettings(6, tile=64),
 }
-# With one warpgroup; two programs fit a multiprocessor.
+# With one warpgroup, to replace those above where it is faster; not measured yet.
 NARROW = {
-    (64, 128): LaunchSettings(5, tile=64, warpgroups=1, programs=2),
-    (64, 64): LaunchSettings(5, tile=64, warpgroups=1, programs=2),
+    (64, 128): LaunchSettings(5, tile=64, warpgroups=1, early=True, programs=2),
+    (64, 64): LaunchSettings(5, tile=64, warpgroups=1, early=True, programs=2),
 }
-
-
-@gluon.jit
-def _softmax(b_s, b_max, b_sum, scale_log2, MASKED: gl.constexpr):
-    """One step of the online softmax, in base 2."""
-    # [ROWS]
-    b_new = gl.maximum(b_max, gl.max(b_s, 1) * scale_log2)
-    b_shift = gl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
-    b_decay = gl.exp2(b_max - b_shift)
-    # [ROWS, KEYS]
-    b_p = gl.exp2(b_s * scale_log2 - b_shift[:, None])
-    return b_p, b_new, b_sum * b_decay + gl.sum(b_p, 1), b_decay
-
-
-@gluon.jit
-def _as_operand(b_p, DTYPE: gl.constexpr, OUT: gl.constexpr):
-    # Moves nothing: the registers of a product are laid out as those of a left operand.
-    LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
-    return gl.convert_layout(b_p.to(DTYPE), LAYOUT)
-
-
-@gluon.jit
-def _attend(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_first, i_end, row, scale_log2,
-            PER_BLOCK: gl.constexpr, WARPGROUPS: gl.constexpr, W: gl.constexpr,
-            WHOLE: gl.constexpr, CLEAR: gl.constexpr):
-    """Tiles `i_first` to `i_end` of a row, values one step after keys.
-
-    Args:
-        i_tile: The row's first tile in the rings.
-        PER_BLOCK: Tiles of a key block.
-        WARPGROUPS, W: How many compute, and which one this is.
-        WHOLE: These are of whole key blocks; others have a bias.
-    """
-    LOGITS: gl.constexpr = b_max.type.layout.parent
-    OUT: gl.constexpr = b_out.type.layout
-    DTYPE: gl.constexpr = b_q.dtype
-    KEYS: gl.constexpr = k_ring[0].shape[1]
-    i = i_tile + i_first
-    b_s = multiply_keys(b_q, rings.receive(k_ring, i), LOGITS)
-    # [ROWS, KEYS]
-    b_s = warpgroup_mma_wait(0, deps=[b_s])
-    rings.release(k_ring, i)
-    if not WHOLE:
-        b_s = add_bias(b_s, bias_of(i_first, row, KEYS, PER_BLOCK, scale_log2))
-    b_p, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, not WHOLE)
-    b_p = _as_operand(b_p, DTYPE, OUT)
-    if not WHOLE:
-        # Whole blocks may have come before.
-        b_out = b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, OUT))[:, None]
-
-    for i in range(i_tile + i_first + 1, i_tile + i_end):
-        if not WHOLE and CLEAR:
-            clear_padding(v_ring, i - 1, i - 1 - i_tile, row, PER_BLOCK, WARPGROUPS, W)
-        rings.receive(k_ring, i)
-        if WARPGROUPS == 2:
-            # In turns: while one warpgroup multiplies, the other takes exponentials.
-            rings.await_turn(W, i)
-        b_s = multiply_keys(b_q, rings.slot(k_ring, i), LOGITS)
-        b_out = warpgroup_mma(b_p, rings.receive(v_ring, i - 1), b_out, is_async=True)
-        if WARPGROUPS == 2:
-            rings.grant_turn(1 - W, i)
-        if not WHOLE:
-            # In flight while the products run.
-            b_bias = bias_of(i - i_tile, row, KEYS, PER_BLOCK, scale_log2)
-        # [ROWS, KEYS]
-        b_s = warpgroup_mma_wait(1, deps=[b_s])
-        rings.release(k_ring, i)
-        if not WHOLE:
-            b_s = add_bias(b_s, b_bias)
-        b_next, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, not WHOLE)
-        b_next = _as_operand(b_next, DTYPE, OUT)
-        # [ROWS, D]
-        b_out = warpgroup_mma_wait(0, deps=[b_out])
-        rings.release(v_ring, i - 1)
-        b_out = b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, OUT))[:, None]
-        b_p = b_next
-
-    i_last = i_tile + i_end - 1
-    if not WHOLE and CLEAR:
-        clear_padding(v_ring, i_last, i_end - 1, row, PER_BLOCK, WARPGROUPS, W)
-    b_out = warpgroup_mma(b_p, rings.receive(v_ring, i_last), b_out, is_async=True)
-    # [ROWS, D]
-    b_out = warpgroup_mma_wait(0, deps=[b_out])
-    rings.release(v_ring, i_last)
-    return b_out, b_max, b_sum
 
 
 @gluon.jit
@@ -163,7 +70,8 @@ def _consume(
     order_stride, bits, bias, scale_log2, stride_ob, stride_oh, stride_on,
     H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
     HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
-    POOL: gl.constexpr, PER_BLOCK: gl.constexpr, WARPGROUPS: gl.constexpr, W: gl.constexpr,
+    POOL: gl.constexpr, PER_BLOCK: gl.constexpr, EARLY: gl.constexpr,
+    WARPGROUPS: gl.constexpr, W: gl.constexpr,
 ):
     """Warpgroup W: its share of each row's queries against all that the row reads."""
     ROWS: gl.constexpr = q_ring[0].shape[1]
@@ -202,14 +110,14 @@ def _consume(
         # the tile's descriptor for whole blocks alone, and use them where there are none as well.
         b_q_again = rings.slot(q_ring, i_queries + gl.where(i_count < 0, 1, 0))
         if i_whole > 0:
-            b_out, b_max, b_sum = _attend(
+            b_out, b_max, b_sum = attend(
                 b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, 0, i_whole, row, scale_log2,
-                PER_BLOCK, WARPGROUPS, W, True, HAS_LENGTHS,
+                PER_BLOCK, WARPGROUPS, W, EARLY, True, HAS_LENGTHS,
             )
         if i_whole < i_end:
-            b_out, b_max, b_sum = _attend(
+            b_out, b_max, b_sum = attend(
                 b_q_again, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_whole, i_end, row,
-                scale_log2, PER_BLOCK, WARPGROUPS, W, False, HAS_LENGTHS,
+                scale_log2, PER_BLOCK, WARPGROUPS, W, EARLY, False, HAS_LENGTHS,
             )
         i_tile += i_end
         rings.release(q_ring, i_queries)
@@ -232,7 +140,7 @@ def block_sparse_kernel(
     pool_keys, pool_values, bias, bits, scale_log2, stride_ob, stride_oh, stride_on,
     H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
     D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-    PER_BLOCK: gl.constexpr, QUERIES: gl.constexpr, WARPGROUPS: gl.constexpr,
+    PER_BLOCK: gl.constexpr, QUERIES: gl.constexpr, WARPGROUPS: gl.constexpr, EARLY: gl.constexpr,
     HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
     POOL: gl.constexpr,
 ):
@@ -250,7 +158,8 @@ def block_sparse_kernel(
                     q_ring, k_ring, v_ring, out, lse, rows, counts, indices, key_lengths,
                     output_order, order_stride, bits, bias, scale_log2, stride_ob, stride_oh,
                     stride_on, H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
-                    full_key_blocks, HAS_LENGTHS, ORDERED, WITH_LSE, POOL, PER_BLOCK, 1, 0,
+                    full_key_blocks, HAS_LENGTHS, ORDERED, WITH_LSE, POOL, PER_BLOCK,
+                    EARLY, 1, 0,
                 )),
                 (produce, (
                     q, k, v, q_ring, k_ring, v_ring, rows, counts, indices, H, NUM_WORK, NUM_ROWS,
@@ -258,7 +167,7 @@ def block_sparse_kernel(
                 )),
             ],
             [1],
-            [40],
+            [32],
         )
     else:
         gl.warp_specialize(
@@ -267,13 +176,15 @@ def block_sparse_kernel(
                     q_ring, k_ring, v_ring, out, lse, rows, counts, indices, key_lengths,
                     output_order, order_stride, bits, bias, scale_log2, stride_ob, stride_oh,
                     stride_on, H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
-                    full_key_blocks, HAS_LENGTHS, ORDERED, WITH_LSE, POOL, PER_BLOCK, 2, 0,
+                    full_key_blocks, HAS_LENGTHS, ORDERED, WITH_LSE, POOL, PER_BLOCK,
+                    EARLY, 2, 0,
                 )),
                 (_consume, (
                     q_ring, k_ring, v_ring, out, lse, rows, counts, indices, key_lengths,
                     output_order, order_stride, bits, bias, scale_log2, stride_ob, stride_oh,
                     stride_on, H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
-                    full_key_blocks, HAS_LENGTHS, ORDERED, WITH_LSE, POOL, PER_BLOCK, 2, 1,
+                    full_key_blocks, HAS_LENGTHS, ORDERED, WITH_LSE, POOL, PER_BLOCK,
+                    EARLY, 2, 1,
                 )),
                 (produce, (
                     q, k, v, q_ring, k_ring, v_ring, rows, counts, indices, H, NUM_WORK, NUM_ROWS,
@@ -386,7 +297,8 @@ def launch(call: AttentionCall, settings: LaunchSettings) -> None:
             heads, num_queries, call.k.shape[2], num_work, num_rows, block_map.num_key_blocks,
             block_map.indices.shape[-1], call.full_key_blocks,
             D=head_dim, ROWS=query_rows, KEYS=tile, STAGES=settings.num_stages,
-            PER_BLOCK=block_map.key_block // tile, QUERIES=settings.queries, WARPGROUPS=settings.warpgroups,
+            PER_BLOCK=block_map.key_block // tile, QUERIES=settings.queries,
+            WARPGROUPS=settings.warpgroups, EARLY=settings.early,
             HAS_LENGTHS=key_lengths is not None, ORDERED=order is not None,
             WITH_LSE=call.lse is not None, POOL=0 if tail is None else _pool_size(call),
             num_warps=4, maxnreg=MAX_REGISTERS[settings.warpgroups], enable_fp_fusion=True,

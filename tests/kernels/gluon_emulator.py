@@ -111,14 +111,14 @@ class Barrier:
 
 
 class NamedBarrier:
-    """`bar.sync` and `bar.arrive` of 128 threads each, two of which fill it."""
+    """`bar.sync` and `bar.arrive` of 128 threads each, as many as fill it."""
 
-    def __init__(self):
-        self.arrived, self.generation = 0, 0
+    def __init__(self, parties):
+        self.parties, self.arrived, self.generation = parties, 0, 0
 
     def arrive(self):
         self.arrived += 1
-        if self.arrived == 2:
+        if self.arrived == self.parties:
             self.arrived, self.generation = 0, self.generation + 1
 
 
@@ -290,8 +290,8 @@ class Emulator:
             codes = registers[..., 0].contiguous()
             return value(codes.view(dtype))
         kind, number, threads = re.match(r"bar\.(\w+) (\d+), (\d+);", text).groups()
-        assert threads == "256" and self.scheduler.current.warps == 4
-        barrier = self.named.setdefault(int(number), NamedBarrier())
+        assert self.scheduler.current.warps == 4
+        barrier = self.named.setdefault(int(number), NamedBarrier(int(threads) // 128))
         generation = barrier.generation
         barrier.arrive()
         if kind == "sync":

@@ -18,17 +18,24 @@ from dfsattn_diffusers.kernels import api
 
 pytest.importorskip("triton")
 BACKENDS = "dfsattn_diffusers.kernels.backends"
-_NAMES = ("_hopper_rings", "_hopper_tail", "_hopper_rows", "gluon_hopper")
+_NAMES = ("_hopper_rings", "_hopper_tail", "_hopper_rows", "_hopper_attend", "gluon_hopper")
 MODULES = tuple(f"{BACKENDS}.{name}" for name in _NAMES)
 
 
-@pytest.fixture(params=range(2), ids="seed{}".format)
+def with_stages(settings, num_stages):
+    """The settings, with that many slots in the rings."""
+    return {sizes: replace(s, num_stages=num_stages) for sizes, s in settings.items()}
+
+
+@pytest.fixture(params=["seed0", "seed1", "narrow0", "narrow1"])
 def backend(request, monkeypatch):
-    """The backend on a GPU of three multiprocessors."""
+    """The backend on a GPU of three multiprocessors; at head dim 64 also with one warpgroup."""
     properties = SimpleNamespace(multi_processor_count=3)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     real = api.load_backend
-    with emulated(*MODULES, seed=request.param) as module:
+    with emulated(*MODULES, seed=int(request.param[-1])) as module:
+        if request.param.startswith("narrow"):
+            monkeypatch.setattr(module, "SETTINGS", module.SETTINGS | module.NARROW)
         monkeypatch.setattr(module, "_is_hopper", lambda device: True)
         monkeypatch.setattr(
             api, "load_backend", lambda name: module if name == "gluon_hopper" else real(name)
@@ -52,9 +59,19 @@ def test_nasty_problems(backend, change):
 @pytest.mark.parametrize("num_stages", [2, 3, 5])
 @pytest.mark.parametrize("change", [segments, some_full_rows], ids=lambda change: change.__name__)
 def test_rings_of_any_depth(backend, monkeypatch, num_stages, change):
-    monkeypatch.setattr(backend, "STAGES", dict.fromkeys(backend.STAGES, num_stages))
+    monkeypatch.setattr(backend, "SETTINGS", with_stages(backend.SETTINGS, num_stages))
     p = change(problem(dtype=torch.float16, num_queries=650, density=0.4))
     p.mask[:, 0, 1] = False
+    check(p, "gluon_hopper")
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(queries=1), dict(programs=None), dict(early=True), dict(early=False)]
+)
+def test_other_ways_to_launch(backend, monkeypatch, changes):
+    settings = {sizes: replace(s, **changes) for sizes, s in backend.SETTINGS.items()}
+    monkeypatch.setattr(backend, "SETTINGS", settings)
+    p = segments(problem(dtype=torch.float16, num_queries=900, density=0.4))
     check(p, "gluon_hopper")
 
 
@@ -91,7 +108,7 @@ def test_tail_of_nasty_problems(own_tail, change):
 @pytest.mark.parametrize("num_stages", [2, 3, 5])
 @pytest.mark.parametrize("change", [segments, some_full_rows], ids=lambda change: change.__name__)
 def test_tail_through_rings_of_any_depth(own_tail, monkeypatch, num_stages, change):
-    monkeypatch.setattr(own_tail, "STAGES", dict.fromkeys(own_tail.STAGES, num_stages))
+    monkeypatch.setattr(own_tail, "SETTINGS", with_stages(own_tail.SETTINGS, num_stages))
     p = change(
         problem(dtype=torch.float16, num_queries=300, num_keys=1300, heads=1, density=0.4)
     )
@@ -175,6 +192,8 @@ def test_the_emulator_sees_a_slot_given_back_too_early(backend, monkeypatch):
 
 
 def test_the_emulator_sees_a_deadlock(backend, monkeypatch):
+    if backend.SETTINGS[64, 128].warpgroups == 1:
+        pytest.skip("one warpgroup takes no turns")
     monkeypatch.setattr(backend.rings, "grant_turn", lambda warpgroup, i: None)
     with pytest.raises(Deadlock):
         check(problem(dtype=torch.float16, num_queries=500, density=0.9), "gluon_hopper")

@@ -30,11 +30,12 @@ __all__ = [
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 # Gluon has no named barriers. Triton takes 0 to 3 here; 6 and 7 are the warpgroups' turns, at 5
-# they meet.
+# they meet; one that computes alone meets itself at 6.
 _AWAIT_6 = gl.constexpr("bar.sync 6, 256; mov.b32 $0, $1;")
 _AWAIT_7 = gl.constexpr("bar.sync 7, 256; mov.b32 $0, $1;")
 _GRANT_6 = gl.constexpr("bar.arrive 6, 256; mov.b32 $0, $1;")
 _MEET = gl.constexpr("bar.sync 5, 256; mov.b32 $0, $1;")
+_MEET_ALONE = gl.constexpr("bar.sync 6, 128; mov.b32 $0, $1;")
 _GRANT_7 = gl.constexpr("bar.arrive 7, 256; mov.b32 $0, $1;")
 
 
@@ -117,18 +118,18 @@ def fetch(ring, i, source, i_b, i_h, i_row, i_column):
 
 
 @gluon.jit
-def clear_rows(b_tile, i_end, W: gl.constexpr):
-    """Zero a tile in shared memory from row `i_end` on: each of two warpgroups its half."""
+def clear_rows(b_tile, i_end, WARPGROUPS: gl.constexpr, W: gl.constexpr):
+    """Zero a tile in shared memory from row `i_end` on: warpgroup W its share of the tile."""
     SLICE: gl.constexpr = 32
-    HALF: gl.constexpr = b_tile.shape[0] // 2
+    SHARE: gl.constexpr = b_tile.shape[0] // WARPGROUPS
     D: gl.constexpr = b_tile.shape[1]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
     o_n = gl.arange(0, SLICE, gl.SliceLayout(1, LAYOUT))
-    for START in gl.static_range(W * HALF, W * HALF + HALF, SLICE):
+    for START in gl.static_range(W * SHARE, W * SHARE + SHARE, SLICE):
         b_slice = b_tile.slice(START, SLICE)
         # [SLICE, D]
         b_x = b_slice.load(LAYOUT)
         b_slice.store(gl.where((START + o_n < i_end)[:, None], b_x, 0.0).to(b_x.dtype))
     # The tensor cores read past the caches of ordinary stores.
     fence_async_shared()
-    _call(_MEET, i_end)
+    _call(_MEET if WARPGROUPS == 2 else _MEET_ALONE, i_end)

@@ -20,6 +20,14 @@ def block_at(p_blocks, i, i_listed):
 
 
 @gluon.jit
+def _tile_at(p_blocks, i, i_listed, PER_BLOCK: gl.constexpr):
+    """The row's i-th tile, where each key block is `PER_BLOCK` of them."""
+    if PER_BLOCK == 1:
+        return block_at(p_blocks, i, i_listed)
+    return block_at(p_blocks, i // PER_BLOCK, i_listed) * PER_BLOCK + i % PER_BLOCK
+
+
+@gluon.jit
 def num_rounds(NUM_WORK):
     """How many rows this program takes."""
     return (NUM_WORK - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
@@ -61,67 +69,73 @@ def _fetch_values(ring, i, source, i_b, i_h, i_n, TRANSPOSED: gl.constexpr):
 @gluon.jit
 def produce(q_source, k_source, v_source, q_ring, k_ring, v_ring, rows, counts,
             indices, H, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, TRANSPOSED: gl.constexpr,
-            pool_keys=None, pool_values=None, POOL: gl.constexpr = 0):
-    """The loading warp: each row's queries, then keys one block ahead of values, then pools.
+            pool_keys=None, pool_values=None, POOL: gl.constexpr = 0,
+            PER_BLOCK: gl.constexpr = 1, WARPGROUPS: gl.constexpr = 2):
+    """The loading warp: each row's queries, then keys one tile ahead of values, then pools.
 
     `TRANSPOSED`: values have a column for each key. `POOL`: keys of a pool, 0 without a tail.
+    `PER_BLOCK`: tiles of a key block. `WARPGROUPS`: each computes a tile of a row's queries.
     """
     ROWS: gl.constexpr = q_ring[0].shape[1]
     KEYS: gl.constexpr = k_ring[0].shape[1]
-    i_tile, i_half = 0, 0
+    i_tile, i_queries = 0, 0
     for i_round in range(num_rounds(NUM_WORK)):
         i_bh, i_q, i_count, p_blocks, i_listed = row_at(
             i_round, rows, counts, indices, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT
         )
         i_b, i_h = i_bh // H, i_bh % H
-        for W in gl.static_range(2):
-            rings.fetch(q_ring, i_half + W, q_source, i_b, i_h, (i_q * 2 + W) * ROWS, 0)
-        i_half += 2
-        i_block = block_at(p_blocks, 0, i_listed)
-        i_last = -1  # not `i_block`: the loop would not carry what starts as another name's value
-        for i in range(i_count):
-            rings.fetch(k_ring, i_tile + i, k_source, i_b, i_h, i_block * KEYS, 0)
+        for W in gl.static_range(WARPGROUPS):
+            i_first = (i_q * WARPGROUPS + W) * ROWS
+            rings.fetch(q_ring, i_queries + W, q_source, i_b, i_h, i_first, 0)
+        i_queries += WARPGROUPS
+        i_kept = i_count * PER_BLOCK
+        i_place = _tile_at(p_blocks, 0, i_listed, PER_BLOCK)
+        i_last = -1  # not `i_place`: the loop would not carry what starts as another name's value
+        for i in range(i_kept):
+            rings.fetch(k_ring, i_tile + i, k_source, i_b, i_h, i_place * KEYS, 0)
             # One step ahead: the index is in flight while the next step waits.
-            i_next = block_at(p_blocks, i + 1, i_listed)
+            i_next = _tile_at(p_blocks, i + 1, i_listed, PER_BLOCK)
             if i > 0:
                 _fetch_values(
                     v_ring, i_tile + i - 1, v_source, i_b, i_h, i_last * KEYS, TRANSPOSED
                 )
-            i_last, i_block = i_block, i_next
-        i_tile += i_count
-        if i_count > 0:
+            i_last, i_place = i_place, i_next
+        i_tile += i_kept
+        if i_kept > 0:
             _fetch_values(v_ring, i_tile - 1, v_source, i_b, i_h, i_last * KEYS, TRANSPOSED)
         if POOL > 0:
-            i_end = i_tile + tails.num_tiles(i_count, NUM_BLOCKS, POOL)
+            i_end = i_tile + tails.num_tiles(i_count, NUM_BLOCKS, PER_BLOCK, POOL)
             tails.fetch_pools(k_ring, v_ring, i_tile, i_end, pool_keys, pool_values, i_b, i_h)
             i_tile = i_end
 
 
 @gluon.jit
-def real_keys(i, row, KEYS: gl.constexpr):
-    """Keys of the row's i-th block that are not padding."""
+def real_keys(i, row, KEYS: gl.constexpr, PER_BLOCK: gl.constexpr):
+    """Keys of the row's i-th tile that are not padding; none or less where all are."""
     p_blocks, i_listed, N_K, p_lengths = row[3], row[4], row[5], row[6]
-    i_block = block_at(p_blocks, i, i_listed)
-    i_keys = N_K - i_block * KEYS
+    i_tile = _tile_at(p_blocks, i, i_listed, PER_BLOCK)
+    i_keys = N_K - i_tile * KEYS
     if p_lengths is not None:
-        i_keys = gl.minimum(i_keys, gl.load(p_lengths + i_block))
+        i_length = gl.load(p_lengths + i_tile // PER_BLOCK)
+        i_keys = gl.minimum(i_keys, i_length - i_tile % PER_BLOCK * KEYS)
     return i_keys
 
 
 @gluon.jit
-def bias_of(i, row, KEYS: gl.constexpr, scale_log2):
+def bias_of(i, row, KEYS: gl.constexpr, PER_BLOCK: gl.constexpr, scale_log2):
     """What the logits of the row's i-th tile get before the scale, one column in each thread.
 
     Args:
-        row: Its tiles, key blocks among them, whole ones among these; the blocks, how many of them
-            are listed, all keys, the blocks' lengths or None; and its pools or None.
+        row: Its tiles, those of key blocks, and of whole ones among these; the blocks, how many of
+            them are listed, all keys, the blocks' lengths or None; and its pools or None.
+        PER_BLOCK: Tiles of a key block.
     """
     COLUMNS: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     # [KEYS]
     o_k = gl.arange(0, KEYS, COLUMNS)
     b_bias = gl.full([KEYS], 0.0, gl.float32, COLUMNS)
     if i < row[1]:
-        b_bias = gl.where(o_k < real_keys(i, row, KEYS), b_bias, float("-inf"))
+        b_bias = gl.where(o_k < real_keys(i, row, KEYS, PER_BLOCK), b_bias, float("-inf"))
     elif row[7] is not None:
         b_bias = tails.bias_of(i - row[1], o_k, row[7], scale_log2)
     return b_bias
@@ -135,11 +149,12 @@ def add_bias(b_s, b_bias):
 
 
 @gluon.jit
-def clear_padding(v_ring, i_ring, i, row, W: gl.constexpr):
+def clear_padding(v_ring, i_ring, i, row, PER_BLOCK: gl.constexpr, WARPGROUPS: gl.constexpr,
+                  W: gl.constexpr):
     """Padding of values may be NaN, and 0 * NaN is not 0."""
     if (i >= row[2]) & (i < row[1]):
         b_v = rings.receive(v_ring, i_ring)
-        rings.clear_rows(b_v, real_keys(i, row, b_v.shape[0]), W)
+        rings.clear_rows(b_v, real_keys(i, row, b_v.shape[0], PER_BLOCK), WARPGROUPS, W)
 
 
 @gluon.jit

@@ -1,7 +1,7 @@
 """How the Gluon kernel for sm90 reads the pools that stand for blocks a row does not keep.
 
-A tile holds as many pools as a key block has keys: those of `POOL` key blocks, where a pool has
-`POOL` keys.
+A tile holds as many pools as it would keys: those of `POOL` such tiles, where a pool has `POOL`
+keys.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from ._hopper_rings import gl, gluon
 
 
 @gluon.jit
-def num_tiles(i_count, NUM_BLOCKS, POOL: gl.constexpr):
-    """Tiles of pools that a row reads; none where it keeps every block."""
-    return gl.where(i_count == NUM_BLOCKS, 0, (NUM_BLOCKS + POOL - 1) // POOL)
+def num_tiles(i_count, NUM_BLOCKS, PER_BLOCK: gl.constexpr, POOL: gl.constexpr):
+    """Tiles of pools that a row reads; none where it keeps every block, `PER_BLOCK` tiles each."""
+    return gl.where(i_count == NUM_BLOCKS, 0, (NUM_BLOCKS * PER_BLOCK + POOL - 1) // POOL)
 
 
 @gluon.jit
@@ -29,9 +29,9 @@ def fetch_pools(k_ring, v_ring, i_tile, i_end, keys, values, i_b, i_h):
 
 
 @gluon.jit
-def row_at(bits, bias, i_bh, i_q, NUM_ROWS, NUM_BLOCKS, KEYS: gl.constexpr, POOL: gl.constexpr):
+def row_at(bits, bias, i_bh, i_q, NUM_ROWS, NUM_BLOCKS, BLOCK: gl.constexpr, POOL: gl.constexpr):
     """Where a row's bits are, its head's bias of each pool, key blocks, and pools of each."""
-    PER_BLOCK: gl.constexpr = KEYS // POOL
+    PER_BLOCK: gl.constexpr = BLOCK // POOL
     p_bits = bits + (i_bh * NUM_ROWS + i_q).to(gl.int64) * ((NUM_BLOCKS + 7) // 8)
     return p_bits, bias + i_bh.to(gl.int64) * NUM_BLOCKS * PER_BLOCK, NUM_BLOCKS, PER_BLOCK
 

@@ -1,0 +1,99 @@
+"""A warpgroup's pipeline through a row in 16 bits on sm90: products, softmax, products."""
+
+from __future__ import annotations
+
+from . import _hopper_rings as rings
+from ._hopper_rings import gl, gluon, warpgroup_mma, warpgroup_mma_wait
+from ._hopper_rows import add_bias, bias_of, clear_padding, multiply_keys
+
+
+@gluon.jit
+def _softmax(b_s, b_max, b_sum, scale_log2, MASKED: gl.constexpr):
+    """One step of the online softmax, in base 2."""
+    # [ROWS]
+    b_new = gl.maximum(b_max, gl.max(b_s, 1) * scale_log2)
+    b_shift = gl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
+    b_decay = gl.exp2(b_max - b_shift)
+    # [ROWS, KEYS]
+    b_p = gl.exp2(b_s * scale_log2 - b_shift[:, None])
+    return b_p, b_new, b_sum * b_decay + gl.sum(b_p, 1), b_decay
+
+
+@gluon.jit
+def _as_operand(b_p, DTYPE: gl.constexpr, OUT: gl.constexpr):
+    # Moves nothing: the registers of a product are laid out as those of a left operand.
+    LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
+    return gl.convert_layout(b_p.to(DTYPE), LAYOUT)
+
+
+@gluon.jit
+def attend(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_first, i_end, row, scale_log2,
+           PER_BLOCK: gl.constexpr, WARPGROUPS: gl.constexpr, W: gl.constexpr, EARLY: gl.constexpr,
+           WHOLE: gl.constexpr, CLEAR: gl.constexpr):
+    """Tiles `i_first` to `i_end` of a row, values one step after keys.
+
+    Args:
+        i_tile: The row's first tile in the rings.
+        PER_BLOCK: Tiles of a key block.
+        WARPGROUPS, W: How many compute, and which one this is; two take turns.
+        EARLY: Whether the wait for the next keys comes before the one for the last product.
+        WHOLE: These are of whole key blocks; others have a bias.
+    """
+    LOGITS: gl.constexpr = b_max.type.layout.parent
+    OUT: gl.constexpr = b_out.type.layout
+    DTYPE: gl.constexpr = b_q.dtype
+    KEYS: gl.constexpr = k_ring[0].shape[1]
+    i = i_tile + i_first
+    b_s = multiply_keys(b_q, rings.receive(k_ring, i), LOGITS)
+    # [ROWS, KEYS]
+    b_s = warpgroup_mma_wait(0, deps=[b_s])
+    rings.release(k_ring, i)
+    if not WHOLE:
+        b_s = add_bias(b_s, bias_of(i_first, row, KEYS, PER_BLOCK, scale_log2))
+    b_p, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, not WHOLE)
+    b_p = _as_operand(b_p, DTYPE, OUT)
+    if not WHOLE:
+        # Whole blocks may have come before.
+        b_out = b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, OUT))[:, None]
+    if EARLY:
+        rings.receive_if(i_first + 1 < i_end, k_ring, i + 1)
+
+    for i in range(i_tile + i_first + 1, i_tile + i_end):
+        if not WHOLE and CLEAR:
+            clear_padding(v_ring, i - 1, i - 1 - i_tile, row, PER_BLOCK, WARPGROUPS, W)
+        if not EARLY:
+            rings.receive(k_ring, i)
+        if WARPGROUPS == 2:
+            # In turns: while one warpgroup multiplies, the other takes exponentials.
+            rings.await_turn(W, i)
+        b_s = multiply_keys(b_q, rings.slot(k_ring, i), LOGITS)
+        b_out = warpgroup_mma(b_p, rings.receive(v_ring, i - 1), b_out, is_async=True)
+        if WARPGROUPS == 2:
+            rings.grant_turn(1 - W, i)
+        if not WHOLE:
+            # In flight while the products run.
+            b_bias = bias_of(i - i_tile, row, KEYS, PER_BLOCK, scale_log2)
+        # [ROWS, KEYS]
+        b_s = warpgroup_mma_wait(1, deps=[b_s])
+        rings.release(k_ring, i)
+        if not WHOLE:
+            b_s = add_bias(b_s, b_bias)
+        b_next, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, not WHOLE)
+        b_next = _as_operand(b_next, DTYPE, OUT)
+        if EARLY:
+            # ptxas does not move the wait for the product across this branch and its loop.
+            rings.receive_if(i + 1 < i_tile + i_end, k_ring, i + 1)
+        # [ROWS, D]
+        b_out = warpgroup_mma_wait(0, deps=[b_out])
+        rings.release(v_ring, i - 1)
+        b_out = b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, OUT))[:, None]
+        b_p = b_next
+
+    i_last = i_tile + i_end - 1
+    if not WHOLE and CLEAR:
+        clear_padding(v_ring, i_last, i_end - 1, row, PER_BLOCK, WARPGROUPS, W)
+    b_out = warpgroup_mma(b_p, rings.receive(v_ring, i_last), b_out, is_async=True)
+    # [ROWS, D]
+    b_out = warpgroup_mma_wait(0, deps=[b_out])
+    rings.release(v_ring, i_last)
+    return b_out, b_max, b_sum

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .kernels import BlockMap, block_sparse_attention, pool_tail
-from .kernels.prologue import Rotary, Stream, pool_qk, prepare_qkv
+from .kernels.prologue import Rotary, Stream, norm_once, pool_qk, prepare_qkv
 from .layout import TokenLayout
 from .score import pool_spread, score_blocks
 from .selection import Selection, highest_share, select_blocks
@@ -56,6 +56,7 @@ def prepare(
     """
     scores = None
     if scored and len(layout.targets) > 1:
+        streams, rotary = norm_once(streams, rotary)
         scores, choice = _choose(streams, layout, rotary, text_lengths, keep_ratio)
     if choice is not None:
         x = prepare_qkv(streams, rotary, layout.target(), slots=layout.restore(choice))

@@ -54,7 +54,9 @@ def wan():
 @pytest.fixture(scope="module")
 def probe(wan):
     with mock.patch.dict(VARIANTS, tiny=BASELINE):
-        yield probe_of(wan)
+        made = probe_of(wan)
+        assert made.calls  # noted now: tests stub its runs
+        yield made
 
 
 def probe_of(witness):

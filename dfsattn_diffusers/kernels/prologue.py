@@ -148,6 +148,19 @@ def pool_qk(
     return pool_reference(streams, rotary, source, tile_lengths)
 
 
+def norm_once(
+    streams: Sequence[Stream], rotary: Rotary | None
+) -> tuple[Sequence[Stream], Rotary | None]:
+    """For several calls on the same streams: with norm and rotation done, where torch does them.
+
+    A kernel does them for less than the memory that their results would take.
+    """
+    if _kernels_for(streams, rotary, None, None):
+        return streams, rotary
+    v = _join([stream.v for stream in streams])
+    return [Stream(*_norm_and_rotate(streams, rotary), v)], None
+
+
 def reference(
     streams: Sequence[Stream],
     rotary: Rotary | None = None,
@@ -207,8 +220,11 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     step = torch.float32 if rotary.float32_steps else x.dtype
     part = x[:, rows].to(torch.promote_types(x.dtype, step))
     first, second = part.unflatten(-1, pairs).unbind(member)
-    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], member)
-    return torch.cat([x[:, : rows.start], turned.flatten(-2).to(x.dtype), x[:, rows.stop :]], 1)
+    out = x.clone()
+    turned = out[:, rows].unflatten(-1, pairs)
+    turned.select(member, 0).copy_(first * cos - second * sin)
+    turned.select(member, 1).copy_(second * cos + first * sin)
+    return out
 
 
 def _kernels_for(streams, rotary, source, tile_lengths):

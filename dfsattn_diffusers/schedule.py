@@ -119,14 +119,25 @@ def decide(
         return Decision("dense", reason="dense layer")
     if video_tokens < config.min_tokens:
         return Decision("dense", reason=f"fewer than {config.min_tokens} video tokens")
-    if config.last_step_dense and step == num_steps - 1:
+    last = num_steps - 1 - config.last_step_dense
+    if step > last:
         return Decision("dense", reason="last step")
     segment = segment_of(step, num_steps, config)
     if segment < 0:
         return Decision("dense", reason="first part of the run")
     keep_ratio = config.keep_ratios[min(segment, len(config.keep_ratios) - 1)]
     mode = "reuse" if cached_segment == segment else "refresh"
+    # What another branch may read is of use in the last step too.
+    corrects = config.residual_pool is not None and not config.share_maps_across_branches
+    if corrects and mode == "refresh" and step == last:
+        return Decision("dense", reason="no later step to correct")
     return Decision(mode, keep_ratio, segment)
+
+
+@lru_cache(maxsize=64)
+def any_reuse(config: DFSAttnConfig, num_steps: int) -> bool:
+    """Whether any step would read what a refresh leaves."""
+    return any(now.mode == "reuse" for now in decisions(config, num_steps))
 
 
 def nominal_cost(config: DFSAttnConfig, num_steps: int = 50) -> float:
@@ -187,9 +198,9 @@ def config_for_cost(config: DFSAttnConfig, cost: float, num_steps: int = 50) -> 
     least = nominal_cost(scaled(_LEAST, _LEAST), num_steps)
     if cost < least:
         raise ValueError(
-            f"cost must be at least {least:.3f} here, what one dense step, dense refreshes and the "
-            f"tail take; got {cost}. Set dense_fraction=0, residual_pool=None, a larger tail_pool "
-            "or tail=None."
+            f"cost must be at least {least:.3f} here, what one dense step, a dense last one, dense "
+            f"refreshes and the tail take; got {cost}. Set dense_fraction=0, "
+            "last_step_dense=False, residual_pool=None, a larger tail_pool or tail=None."
         )
     # Dense steps are whole; keep ratios make up for what they leave.
     ratios = config.keep_ratios

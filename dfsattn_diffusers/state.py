@@ -15,7 +15,7 @@ from .kernels.low_rank import LowRank
 from .layout import TokenGeometry, TokenLayout
 from .memory import ResidualLedger
 from .report import MapUse, Report, RunRecord, Stopwatch
-from .schedule import Decision, config_for_steps, decide
+from .schedule import Decision, any_reuse, config_for_steps, decide
 from .selection import Selection
 from .text import TextLengths
 
@@ -184,7 +184,8 @@ class DFSAttnState:
             like: `[B, rows, H, D]` of the outputs' dtype and device.
         """
         forward, config = self._require_forward(), self.settings
-        if config.residual_pool is None or forward.geometry.video_tokens < config.min_tokens:
+        corrected = config.residual_pool and any_reuse(config, forward.position.num_steps)
+        if not corrected or forward.geometry.video_tokens < config.min_tokens:
             return
         held = (cached.kept.residual for cached in self._maps.values())
         self.residuals.enter(forward.model, self._branch(len(like)), forward.geometry, like, held)

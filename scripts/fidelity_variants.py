@@ -148,7 +148,6 @@ VARIANTS = {
         f"paper, {steps} steps": Variant(steps=steps, reference=f"paper, {steps} steps")
         for steps in (30, 20)
     },
-    # Other growths of the intervals between dense steps.
     # A dense last step for one at the start.
     **{
         f"preset {name}, dense last step": _preset(
@@ -157,6 +156,7 @@ VARIANTS = {
         for name, dense in (("quality", 0.1), ("balanced", 0.08), ("fast", 0.1), ("turbo", 0.04))
     },
     "paper, dense last step": _ours(dense_fraction=0.22, last_step_dense=True),
+    # Other growths of the intervals between dense steps.
     "preset quality, growth 1.05": _preset("quality", refresh_growth=1.05),
     "preset turbo, interval 0.16, growth 1.12": _preset(
         "turbo", refresh_interval=0.16, refresh_growth=1.12

@@ -20,6 +20,7 @@ from dfsattn_diffusers.schedule import nominal_cost, refresh_steps, steps_of
 
 ROOT = Path(__file__).parent.parent
 STEPS = 50
+TRIAL_GRID = [17, 32, 32]
 
 
 def markdown(header, rows):
@@ -50,6 +51,8 @@ def presets():
 
 def dense_steps(config):
     start = steps_of(config.dense_fraction, STEPS)
+    if config.last_step_dense:
+        raise NotImplementedError("say here that the last step is dense as well")
     if config.residual_pool is None:
         return f"first {start}"
     first, second, *later = refresh_steps(config, STEPS)
@@ -176,6 +179,8 @@ def trials():
     for run in data["runs"]:
         if "gain" not in run:
             continue  # a baseline
+        if run["grid"] != TRIAL_GRID or abs(run["gain"]["relative_cost"] - 1) > 0.01:
+            sys.exit(f"{run['variant']} of {run['witness']} has another grid or another cost")
         (low, high), gain = run["gain"]["interval"], run["gain"]["psnr"]
         names[run["witness"]] = None
         line = lines.setdefault(run["variant"], {})

@@ -160,7 +160,7 @@ def test_everything_together_on_a_pipeline(family):
         run(pipe)
     dropped = handle.report().runs[-1]
     assert report.calls == dropped.calls
-    # Three products instead of two, on an eighth of the keys that are not kept.
+    # As much for an eighth of the keys that are not kept.
     assert report.density - dropped.density == pytest.approx(
         (1 - dropped.density) / 8, rel=0.02
     )

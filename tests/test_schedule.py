@@ -4,6 +4,7 @@ from dfsattn_diffusers.configs import DFSAttnConfig, list_presets, resolve_confi
 from dfsattn_diffusers.schedule import (
     FEW_STEPS,
     LEAST_DENSE_INTERVAL,
+    any_reuse,
     config_for_steps,
     decide,
     decisions,
@@ -107,9 +108,27 @@ def test_a_dense_last_step_costs_one_at_the_start(preset, less):
     assert nominal_cost(last) == pytest.approx(nominal_cost(config), abs=0.2 * (1 - ratio) / 50)
 
 
-def test_short_runs_have_no_dense_last_step():
-    config = resolve_config("turbo").replace(last_step_dense=True)
-    assert list(decisions(config, 8)) == list(decisions(resolve_config("turbo"), 8))
+def test_short_runs_with_ratios_of_their_own_have_no_dense_last_step():
+    usual, last = resolve_config("turbo"), resolve_config("turbo", last_step_dense=True)
+    assert list(decisions(last, 8)) == list(decisions(usual, 8))
+    assert list(decisions(last.replace(few_step_ratios=None), 8))[-1].reason == "last step"
+
+
+def test_a_refresh_that_nothing_would_read_is_dense():
+    config = resolve_config("quality")
+    assert refresh_steps(config, 50)[-1] == 49
+    assert list(decisions(config, 50))[-1].reason == "no later step to correct"
+    shared = config.replace(share_maps_across_branches=True)
+    assert list(decisions(shared, 50))[-1].mode == "refresh"
+    both = list(decisions(config.replace(dense_fraction=0.1, last_step_dense=True), 50))[-2:]
+    assert [now.reason for now in both] == ["no later step to correct", "last step"]
+
+
+def test_what_a_run_reads_again():
+    usual = resolve_config("fast", few_step_ratios=None)
+    assert any_reuse(usual, 50) and not any_reuse(usual, 1)
+    assert not any_reuse(usual.replace(last_step_dense=True), 2)
+    assert not any_reuse(usual.replace(dense_fraction=1.0), 50)
 
 
 def test_reasons_for_dense():

@@ -36,7 +36,8 @@ class DFSAttnConfig:
             global layout of a video is settled there: less is faster and drifts from the dense
             video. Any share above 0 is a step at least. Where a pipeline starts in the middle of
             its schedule (video to video), the steps before that count as gone.
-        last_step_dense: Whether the last step of a run is dense as well, short runs aside.
+        last_step_dense: Whether the last step of a run is dense as well, and what a run does beyond
+            the steps that it announced. Not in short runs with ratios of their own.
         keep_ratios: Kept share of video key blocks, one value per refresh, each in (0, 1], never
             rising along the run. The last one holds until the end. Costs are proportional to it.
         refreshes: Number of times the block maps are computed, or None for one per keep ratio.
@@ -77,8 +78,8 @@ class DFSAttnConfig:
         share_maps_across_branches: Use the first guidance branch's map, and its correction if there
             is one, for the others too, where branches are separate calls. Their errors are alike
             then, and guidance, a difference, lets less of them through; refreshes, the dense ones
-            above all, are had at the price of one branch; the last dense step is one of them. A
-            correction is less close so.
+            above all, are had at the price of one branch, the last of the first dense steps among
+            them. A correction is less close so.
         precision: Of the kept blocks' products: "full", that of the model, or "fp8" (e4m3, on sm89
             and sm90), which is faster and less exact.
         backend: Kernel: "auto" or a name from `dfsattn_diffusers.kernels.list_backends()`.
@@ -89,7 +90,6 @@ class DFSAttnConfig:
     """
 
     dense_fraction: float = 0.25
-    last_step_dense: bool = False
     keep_ratios: tuple[float, ...] = (0.3, 0.2, 0.1)
     refreshes: int | None = None
     refresh_interval: float = 0.25
@@ -110,6 +110,7 @@ class DFSAttnConfig:
     share_maps_across_branches: bool = False
     precision: str = "full"
     backend: str = "auto"
+    last_step_dense: bool = False
 
     def __post_init__(self):
         sequences = ["keep_ratios", "dense_layers"]

@@ -41,8 +41,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # What `few_step_ratios` stands in for, but for `keep_ratios` and for maps of each branch.
 _SCHEDULE = {
-    "dense_fraction", "last_step_dense", "refreshes", "refresh_interval", "refresh_growth",
-    "residual_pool", "residual_rank",
+    "dense_fraction", "refreshes", "refresh_interval", "refresh_growth", "residual_pool",
+    "residual_rank",
 }  # fmt: skip
 
 

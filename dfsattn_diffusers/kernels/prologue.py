@@ -39,7 +39,7 @@ class Rotary:
 
     Attributes:
         cos, sin: `R * D` values as the host passes them, `[R, D]` or `[1, R, 1, D]`. The two
-            entries of a pair are equal, and either may be read.
+            entries of a pair must be equal, which is not checked: either may be read.
         first_row: Counted over all streams.
         interleaved: Pairs are neighbours, else the halves of a head.
         float32_steps: Products and sums are float32, as in `apply_rotary_emb` of diffusers; else of

@@ -62,7 +62,8 @@ def pool_tail(
     bias = lengths.float().log()[:, None].expand(*k.shape[:2], -1)
     if energy is not None:
         _, variance = _moments(k, pool, lengths)
-        spread = (variance @ energy.to(variance.dtype)[..., None]).squeeze(-1).sqrt_()
+        # No matrix product: autocast would round it.
+        spread = (variance * energy[:, :, None]).sum(-1).sqrt_()
         bias = bias + (torch.logaddexp(spread, -spread) - math.log(2)).float()
     mean, value = (_split(x, pool, lengths).sum(3) / _count(lengths) for x in (k, v))
     return Tail(mean.to(k.dtype), value.to(v.dtype), bias)

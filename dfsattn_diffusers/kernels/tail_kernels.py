@@ -277,9 +277,11 @@ def _pool(k, v, size, lengths, energy, keys, values, bias, variance):
 
 
 def can_add(call) -> bool:
-    """Whether `add` serves this call: its precision, head dim and query block."""
+    """Whether `add` serves this call: its precision, head dim, query block and pools of a block."""
+    per_block = call.tail.keys.shape[2] // call.block_map.num_key_blocks
     return (
-        call.q.dtype in _DTYPES
+        per_block & (per_block - 1) == 0
+        and call.q.dtype in _DTYPES
         and call.q.shape[-1] in (64, 128)
         and call.block_map.query_block in (64, 128)
     )

@@ -12,6 +12,7 @@ CALLS = {
     "wan, pooled": ("rms_all_heads", 128, 40, False, ("rows", "tiles")),
     "wan, slots": ("rms_all_heads", 128, 40, False, ("rows", "slots")),
     "wan, tiles alone": ("rms_all_heads", 128, 40, False, ("tiles",)),
+    "halves": ("rms", 128, 24, False, ("rows", "halves")),
     "hunyuan": ("rms", 128, 24, True, ("rows", "tiles")),
     "hunyuan, slots": ("rms", 128, 24, True, ("rows", "slots")),
     "hunyuan, tiles alone": ("rms", 128, 24, True, ("tiles",)),
@@ -46,7 +47,7 @@ def compile_call(arch, norm, head_dim, heads, two, asked):
         heads, head_dim, tile, settings
     )
     constants = dict(
-        NORM=norm, STEP=tl.float32, INTERLEAVED=True, H=heads, D=head_dim,
+        NORM=norm, STEP=tl.float32, INTERLEAVED="halves" not in asked, H=heads, D=head_dim,
         SLOTS=slots, TOKENS=tokens, HEADS=group, LOADS=loads, PARTS=3 if "rows" in asked else 2,
     )  # fmt: skip
     types = dict(eps="fp32", source="*i32")

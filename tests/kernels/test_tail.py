@@ -101,6 +101,13 @@ def test_pools_and_blocks(device, way, pool, key_block, head_dim, moment):
     check(p, pool, moment)
 
 
+@pytest.mark.parametrize("pool", [4, 32, 64])
+def test_key_blocks_of_no_power_of_two_are_left_to_torch(pool, monkeypatch):
+    monkeypatch.setattr(tail_module, "fast", lambda name, x: tail_kernels)
+    sizes = dict(num_queries=200, num_keys=500, query_block=64, key_block=192)
+    check(problem(dtype=torch.float16, density=0.3, **sizes), pool, True)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("change", NASTY, ids=lambda change: change.__name__)
 def test_nasty_problems(device, way, change):

@@ -1,7 +1,8 @@
 """Warp-specialised Gluon kernel for sm90: one warp loads, two warpgroups compute in turns.
 
 At head dim 64 one warpgroup can do a row by itself, in a program that leaves a multiprocessor room
-for a second one: while one program is between two rows, the other multiplies.
+for a second one: while one program is between two rows, the other multiplies. `launch` does it with
+settings of `NARROW`, which nothing chooses before they are timed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class LaunchSettings:
     """How to launch the kernel.
 
     Attributes:
-        num_stages: Slots of the rings of key and of value tiles.
+        num_stages: Slots of the rings of key and of value tiles; at least 2.
         tile: Keys of a product, a part of a key block or all of it.
         warpgroups: 2 that share a row, or 1.
         queries: Rows whose queries are in shared memory, 2 to load the next row's meanwhile.

@@ -119,18 +119,13 @@ def decide(
         return Decision("dense", reason="dense layer")
     if video_tokens < config.min_tokens:
         return Decision("dense", reason=f"fewer than {config.min_tokens} video tokens")
-    last = num_steps - 1 - config.last_step_dense
-    if step > last:
+    if config.last_step_dense and step == num_steps - 1:
         return Decision("dense", reason="last step")
     segment = segment_of(step, num_steps, config)
     if segment < 0:
         return Decision("dense", reason="first part of the run")
     keep_ratio = config.keep_ratios[min(segment, len(config.keep_ratios) - 1)]
     mode = "reuse" if cached_segment == segment else "refresh"
-    # What another branch may read is of use in the last step too.
-    corrects = config.residual_pool is not None and not config.share_maps_across_branches
-    if corrects and mode == "refresh" and step == last:
-        return Decision("dense", reason="no later step to correct")
     return Decision(mode, keep_ratio, segment)
 
 

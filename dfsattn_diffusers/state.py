@@ -178,11 +178,7 @@ class DFSAttnState:
         )
 
     def check_memory(self, like: Tensor) -> None:
-        """Raise `MemoryError` where the residuals of calls like this one cannot fit.
-
-        Args:
-            like: `[B, rows, H, D]` of the outputs' dtype and device.
-        """
+        """Raise `MemoryError` where residuals of `[B, rows, H, D]` like this one cannot fit."""
         forward, config = self._require_forward(), self.settings
         corrected = config.residual_pool and any_reuse(config, forward.position.num_steps)
         if not corrected or forward.geometry.video_tokens < config.min_tokens:

@@ -114,16 +114,6 @@ def test_short_runs_with_ratios_of_their_own_have_no_dense_last_step():
     assert list(decisions(last.replace(few_step_ratios=None), 8))[-1].reason == "last step"
 
 
-def test_a_refresh_that_nothing_would_read_is_dense():
-    config = resolve_config("quality")
-    assert refresh_steps(config, 50)[-1] == 49
-    assert list(decisions(config, 50))[-1].reason == "no later step to correct"
-    shared = config.replace(share_maps_across_branches=True)
-    assert list(decisions(shared, 50))[-1].mode == "refresh"
-    both = list(decisions(config.replace(dense_fraction=0.1, last_step_dense=True), 50))[-2:]
-    assert [now.reason for now in both] == ["no later step to correct", "last step"]
-
-
 def test_what_a_run_reads_again():
     usual = resolve_config("fast", few_step_ratios=None)
     assert any_reuse(usual, 50) and not any_reuse(usual, 1)

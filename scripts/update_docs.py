@@ -50,15 +50,14 @@ def presets():
 
 
 def dense_steps(config):
-    start = steps_of(config.dense_fraction, STEPS)
-    if config.last_step_dense:
-        raise NotImplementedError("say here that the last step is dense as well")
+    start = f"first {steps_of(config.dense_fraction, STEPS)}"
+    last = ", and the last" if config.last_step_dense else ""
     if config.residual_pool is None:
-        return f"first {start}"
+        return start + last
     first, second, *later = refresh_steps(config, STEPS)
     if config.refresh_growth > 1:
-        return f"first {start}, then {len(later) + 1} more"
-    return f"first {start}, then every {second - first}th"
+        return f"{start}, then {len(later) + 1} more{last}"
+    return f"{start}, then every {second - first}th{last}"
 
 
 def residuals_of(config):

@@ -60,12 +60,14 @@ def pool_tail(
     if kernels and kernels.can_pool(k, v, pool):
         return Tail(*kernels.pool(k, v, pool, lengths, energy))
     bias = lengths.float().log()[:, None].expand(*k.shape[:2], -1)
-    if energy is not None:
-        _, variance = _moments(k, pool, lengths)
+    value = _mean(_split(v, pool, lengths), lengths)
+    if energy is None:
+        mean = _mean(_split(k, pool, lengths), lengths)
+    else:
+        mean, variance = _moments(k, pool, lengths)
         # No matrix product: autocast would round it.
         spread = (variance * energy[:, :, None]).sum(-1).sqrt_()
         bias = bias + (torch.logaddexp(spread, -spread) - math.log(2)).float()
-    mean, value = (_split(x, pool, lengths).sum(3) / _count(lengths) for x in (k, v))
     return Tail(mean.to(k.dtype), value.to(v.dtype), bias)
 
 
@@ -92,9 +94,9 @@ def pool_moments(x: Tensor, *, pool: int, lengths: Tensor) -> tuple[Tensor, Tens
 
 def _moments(x: Tensor, pool: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
     x = _split(x, pool, lengths)
-    mean = x.sum(3) / _count(lengths)
+    mean = _mean(x, lengths)
     centred = (x - mean[:, :, :, None]).masked_fill_(~_real(pool, lengths), 0)
-    return mean, centred.square_().sum(3) / _count(lengths)
+    return mean, _mean(centred.square_(), lengths)
 
 
 def _split(x: Tensor, pool: int, lengths: Tensor) -> Tensor:
@@ -106,8 +108,8 @@ def _real(pool: int, lengths: Tensor) -> Tensor:
     return (torch.arange(pool, device=lengths.device) < lengths[..., None])[:, None, :, :, None]
 
 
-def _count(lengths: Tensor) -> Tensor:
-    return lengths.clamp(min=1)[:, None, :, None]
+def _mean(x: Tensor, lengths: Tensor) -> Tensor:
+    return x.sum(3) / lengths.clamp(min=1)[:, None, :, None]
 
 
 def add_tail(call: AttentionCall) -> None:

@@ -34,9 +34,9 @@ _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_
 _AWAIT_6 = gl.constexpr("bar.sync 6, 256; mov.b32 $0, $1;")
 _AWAIT_7 = gl.constexpr("bar.sync 7, 256; mov.b32 $0, $1;")
 _GRANT_6 = gl.constexpr("bar.arrive 6, 256; mov.b32 $0, $1;")
+_GRANT_7 = gl.constexpr("bar.arrive 7, 256; mov.b32 $0, $1;")
 _MEET = gl.constexpr("bar.sync 5, 256; mov.b32 $0, $1;")
 _MEET_ALONE = gl.constexpr("bar.sync 6, 128; mov.b32 $0, $1;")
-_GRANT_7 = gl.constexpr("bar.arrive 7, 256; mov.b32 $0, $1;")
 
 
 @gluon.jit

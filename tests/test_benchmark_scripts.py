@@ -30,7 +30,7 @@ def kernels(load, monkeypatch):
     module = load("benchmark_kernel")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(module, "about", lambda **more: dict.fromkeys(MACHINE, "1") | more)
-    monkeypatch.setattr(module, "milliseconds", lambda function, iterations: 2.0)
+    monkeypatch.setattr(module, "device_ms", lambda function, iterations: 2.0)
     monkeypatch.setattr(module, "SHAPES", {"wan-720p": (2, 300, 64)})
     monkeypatch.setattr(module, "dense_kernel", exact)
     random = partial(module.Problem.random, device="cpu")

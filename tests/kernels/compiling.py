@@ -65,7 +65,7 @@ def compile_for(
     return report, ptx
 
 
-def compile_gluon(kernel, values, constants, max_registers=168):
+def compile_gluon(kernel, values, constants):
     """What a warp-specialised kernel takes on sm90, as a dict, and its PTX.
 
     Arguments in neither are int32; strides count as multiples of 16, as they are in practice.
@@ -93,7 +93,7 @@ def compile_gluon(kernel, values, constants, max_registers=168):
         {(kernel.arg_names.index(name),): value for name, value in constants.items()},
         attributes,
     )
-    options = dict(num_warps=4, maxnreg=max_registers, enable_fp_fusion=True)
+    options = dict(num_warps=4, maxnreg=168, enable_fp_fusion=True)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = built.asm["ptx"]
     report = resources(built, 90) | dict(

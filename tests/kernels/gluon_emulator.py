@@ -300,8 +300,9 @@ class Emulator:
     def _allocate(self, dtype, shape, layout):
         if layout == "barriers":
             return Barriers(shape[0])
-        # What nobody has written is NaN.
-        return Shared(torch.full(shape, float("nan"), dtype=dtype))
+        # What nobody has written is NaN, or a number that makes no sense.
+        unwritten = float("nan") if dtype.is_floating_point else -(2**30)
+        return Shared(torch.full(shape, unwritten, dtype=dtype))
 
     def _specialize(self, tasks, num_warps, registers):
         self.named.clear()
@@ -327,13 +328,14 @@ class Emulator:
             int32=torch.int32, int64=torch.int64, float32=torch.float32,
             bfloat16=torch.bfloat16, float16=torch.float16, float8e4nv=torch.float8_e4m3fn,
             NVMMASharedLayout=Layout, NVMMADistributedLayout=Layout, SliceLayout=Layout,
-            DotOperandLayout=Layout, BlockedLayout=Layout, DistributedLinearLayout=Layout,
+            SwizzledSharedLayout=Layout, DotOperandLayout=Layout, BlockedLayout=Layout,
+            DistributedLinearLayout=Layout,
             program_id=lambda axis: self.program, num_programs=lambda axis: self.programs,
             num_warps=lambda: self.scheduler.current.warps, barrier=lambda: None,
             allocate_shared_memory=self._allocate, warp_specialize=self._specialize,
             inline_asm_elementwise=self._assemble, load=self._load, store=self._store,
             arange=lambda start, end, layout: value(torch.arange(start, end)),
-            full=lambda shape, x, dtype, layout: value(torch.full(shape, x, dtype=dtype)),
+            full=lambda shape, x, dtype, layout: value(torch.as_tensor(x).expand(shape).to(dtype)),
             zeros=lambda shape, dtype, layout: value(torch.zeros(shape, dtype=dtype)),
             convert_layout=lambda x, layout, assert_trivial=False: x, where=where,
             maximum=lambda a, b: value(torch.maximum(*map(torch.as_tensor, (a, b)))),

@@ -22,20 +22,18 @@ _NAMES = ("_hopper_rings", "_hopper_tail", "_hopper_rows", "_hopper_attend", "gl
 MODULES = tuple(f"{BACKENDS}.{name}" for name in _NAMES)
 
 
-def with_stages(settings, num_stages):
-    """The settings, with that many slots in the rings."""
-    return {sizes: replace(s, num_stages=num_stages) for sizes, s in settings.items()}
+def with_stages(module, num_stages):
+    """The table of the module's stages, with that many everywhere."""
+    return dict.fromkeys(module.NUM_STAGES, num_stages)
 
 
-@pytest.fixture(params=["seed0", "seed1", "narrow0", "narrow1"])
+@pytest.fixture(params=range(3), ids="seed{}".format)
 def backend(request, monkeypatch):
-    """The backend on a GPU of three multiprocessors; at head dim 64 also with one warpgroup."""
+    """The backend on a GPU of three multiprocessors."""
     properties = SimpleNamespace(multi_processor_count=3)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     real = api.load_backend
-    with emulated(*MODULES, seed=int(request.param[-1])) as module:
-        if request.param.startswith("narrow"):
-            monkeypatch.setattr(module, "SETTINGS", module.SETTINGS | module.NARROW)
+    with emulated(*MODULES, seed=request.param) as module:
         monkeypatch.setattr(module, "_is_hopper", lambda device: True)
         monkeypatch.setattr(
             api, "load_backend", lambda name: module if name == "gluon_hopper" else real(name)
@@ -59,19 +57,9 @@ def test_nasty_problems(backend, change):
 @pytest.mark.parametrize("num_stages", [2, 3, 5])
 @pytest.mark.parametrize("change", [segments, some_full_rows], ids=lambda change: change.__name__)
 def test_rings_of_any_depth(backend, monkeypatch, num_stages, change):
-    monkeypatch.setattr(backend, "SETTINGS", with_stages(backend.SETTINGS, num_stages))
+    monkeypatch.setattr(backend, "NUM_STAGES", with_stages(backend, num_stages))
     p = change(problem(dtype=torch.float16, num_queries=650, density=0.4))
     p.mask[:, 0, 1] = False
-    check(p, "gluon_hopper")
-
-
-@pytest.mark.parametrize(
-    "changes", [dict(queries=1), dict(programs=None), dict(early=True), dict(early=False)]
-)
-def test_other_ways_to_launch(backend, monkeypatch, changes):
-    settings = {sizes: replace(s, **changes) for sizes, s in backend.SETTINGS.items()}
-    monkeypatch.setattr(backend, "SETTINGS", settings)
-    p = segments(problem(dtype=torch.float16, num_queries=900, density=0.4))
     check(p, "gluon_hopper")
 
 
@@ -108,7 +96,7 @@ def test_tail_of_nasty_problems(own_tail, change):
 @pytest.mark.parametrize("num_stages", [2, 3, 5])
 @pytest.mark.parametrize("change", [segments, some_full_rows], ids=lambda change: change.__name__)
 def test_tail_through_rings_of_any_depth(own_tail, monkeypatch, num_stages, change):
-    monkeypatch.setattr(own_tail, "SETTINGS", with_stages(own_tail.SETTINGS, num_stages))
+    monkeypatch.setattr(own_tail, "NUM_STAGES", with_stages(own_tail, num_stages))
     p = change(
         problem(dtype=torch.float16, num_queries=300, num_keys=1300, heads=1, density=0.4)
     )
@@ -192,8 +180,6 @@ def test_the_emulator_sees_a_slot_given_back_too_early(backend, monkeypatch):
 
 
 def test_the_emulator_sees_a_deadlock(backend, monkeypatch):
-    if backend.SETTINGS[64, 128].warpgroups == 1:
-        pytest.skip("one warpgroup takes no turns")
-    monkeypatch.setattr(backend.rings, "grant_turn", lambda warpgroup, i: None)
+    monkeypatch.setattr(backend.rings, "release", lambda ring, i: None)
     with pytest.raises(Deadlock):
         check(problem(dtype=torch.float16, num_queries=500, density=0.9), "gluon_hopper")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gluon_emulator import emulated
 from kernel_cases import NASTY, check_order, problem, segments, some_full_rows
-from test_gluon_emulated import BACKENDS, MODULES
+from test_gluon_emulated import BACKENDS, MODULES, with_stages
 from test_triton_fp8 import check_fp8
 
 from dfsattn_diffusers.kernels import api
@@ -51,13 +51,10 @@ def test_nasty_problems(backend, change):
     check(change(problem(dtype=torch.float16, num_queries=400)))
 
 
-@pytest.mark.parametrize("persistent", [False, True])
-@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("num_stages", [2, 3])
 @pytest.mark.parametrize("change", [segments, some_full_rows], ids=lambda change: change.__name__)
-def test_every_way_to_launch(backend, monkeypatch, persistent, early, num_stages, change):
-    settings = backend.LaunchSettings(num_stages, persistent, early)
-    monkeypatch.setattr(backend, "settings_for", lambda call: settings)
+def test_rings_of_any_depth(backend, monkeypatch, num_stages, change):
+    monkeypatch.setattr(backend, "NUM_STAGES", with_stages(backend, num_stages))
     p = change(problem(dtype=torch.float16, num_queries=650, density=0.4))
     p.mask[:, 0, 1] = False
     check(p)

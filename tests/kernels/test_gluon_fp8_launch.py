@@ -1,6 +1,5 @@
 """The Gluon kernel in 8 bits: it fits sm90, moves no weights, and is right however launched."""
 
-import dataclasses
 import json
 import re
 
@@ -20,18 +19,17 @@ from test_triton_fp8 import check_fp8
 from dfsattn_diffusers.kernels.backends import load_backend
 
 backend = load_backend("gluon_fp8")
-if not hasattr(backend, "SETTINGS"):
+if not hasattr(backend, "NUM_STAGES"):
     pytest.skip(backend.why_not(None), allow_module_level=True)
 
 
-# Head dim, key block, whether lengths, an order and the log-sum-exp are asked for, other settings.
+# Head dim, key block, whether lengths, an order and the log-sum-exp are asked for.
 BUILDS = [
-    (128, 128, False, dict()),
-    (128, 128, False, dict(early=False)),
-    (128, 128, True, dict()),
-    (128, 64, True, dict()),
-    (64, 128, True, dict()),
-    (64, 64, False, dict()),
+    (128, 128, False),
+    (128, 128, True),
+    (128, 64, True),
+    (64, 128, True),
+    (64, 64, False),
 ]
 GPU = [pytest.param("cuda", marks=ON_CUDA)]
 
@@ -49,17 +47,14 @@ def test_nasty(device, change):
 
 
 @pytest.mark.parametrize("change", [segments, some_full_rows])
-@pytest.mark.parametrize("head_dim, key_block", backend.SETTINGS)
-@pytest.mark.parametrize("persistent", [False, True])
-@pytest.mark.parametrize("changes", [dict(), dict(num_stages=2, early=False)], ids=str)
+@pytest.mark.parametrize("sizes", backend.NUM_STAGES)
+@pytest.mark.parametrize("fewest", [False, True])
 @pytest.mark.parametrize("device", GPU)
-def test_every_way_to_launch(
-    monkeypatch, device, changes, persistent, head_dim, key_block, change
-):
-    """More rows than the GPU has multiprocessors, so that a program takes several."""
-    settings = backend.SETTINGS[head_dim, key_block]
-    settings = dataclasses.replace(settings, persistent=persistent, **changes)
-    monkeypatch.setattr(backend, "settings_for", lambda call: settings)
+def test_many_rows(monkeypatch, device, fewest, sizes, change):
+    """More than the GPU has multiprocessors, so that a program takes several."""
+    head_dim, key_block = sizes
+    if fewest:
+        monkeypatch.setitem(backend.NUM_STAGES, sizes, 2)
     p = change(
         problem(
             device, torch.bfloat16, num_queries=4500, head_dim=head_dim, heads=5,
@@ -80,7 +75,7 @@ def test_fits_the_gpu():
     """Compiled here for sm90: within its shared memory, no spills in the loops, no waits."""
     builds = built_by(__file__)
     assert len(builds) == len(BUILDS)
-    for (head_dim, key_block, *_), build in zip(BUILDS, builds):
+    for (head_dim, key_block, _), build in zip(BUILDS, builds):
         assert build["shared"] <= SHARED_MEMORY[90], build
         # Addresses, stored once and loaded outside the main loop.
         assert build["spilled"] <= (64 if head_dim == key_block == 128 else 0), build
@@ -94,10 +89,9 @@ def test_fits_the_gpu():
         assert (build["count"], build["from_registers"]) == (2 * (keys + values), 2 * values), build
 
 
-def compile_for_hopper(head_dim, key_block, everything, changes):
+def compile_for_hopper(head_dim, key_block, everything):
     """Compile the kernel without a GPU and ask ptxas what it takes."""
     kernel = backend.block_sparse_kernel
-    settings = dataclasses.replace(backend.SETTINGS[head_dim, key_block], **changes)
     x = torch.zeros(1, 1, 256, head_dim, dtype=torch.float8_e4m3fn)
     ints, floats = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
     values = dict(
@@ -109,7 +103,7 @@ def compile_for_hopper(head_dim, key_block, everything, changes):
         output_order=ints if everything else None, order_stride=300 if everything else None,
     )
     constants = dict(
-        D=head_dim, ROWS=64, KEYS=key_block, STAGES=settings.num_stages, EARLY=settings.early,
+        D=head_dim, ROWS=64, KEYS=key_block, STAGES=backend.NUM_STAGES[head_dim, key_block],
         HAS_LENGTHS=everything, ORDERED=everything, WITH_LSE=everything,
     )
     report, ptx = compile_gluon(kernel, values, constants)

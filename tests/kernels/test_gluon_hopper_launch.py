@@ -1,8 +1,6 @@
 """The Gluon kernel: it fits sm90, every way to launch it is right, and it says what it cannot."""
 
 import json
-import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -22,11 +20,8 @@ from dfsattn_diffusers.kernels import BlockMap, api, explain
 from dfsattn_diffusers.kernels.backends import load_backend
 
 backend = load_backend("gluon_hopper")
-if not hasattr(backend, "SETTINGS"):
+if not hasattr(backend, "NUM_STAGES"):
     pytest.skip(backend.why_not(None), allow_module_level=True)
-
-# Bytes of shared memory of an sm90 multiprocessor, and of these what each program takes besides.
-MULTIPROCESSOR, RESERVED = 233_472, 1024
 
 # Head dim, key block, dtype, whether lengths, an order and the log-sum-exp are asked for, and keys
 # of the tail's pools or 0.
@@ -41,16 +36,6 @@ BUILDS = [
     (64, 128, "float16", False, 64),
     (64, 64, "float16", True, 16),
 ]
-NARROW_BUILDS = [
-    (64, 128, "bfloat16", False, 0),
-    (64, 128, "bfloat16", True, 0),
-    (64, 128, "float16", False, 64),
-    (64, 128, "bfloat16", True, 32),
-    (64, 64, "bfloat16", False, 0),
-    (64, 64, "float16", True, 16),
-]
-# Head dim and key block, and how to launch them.
-WAYS = [*backend.SETTINGS.items(), *backend.NARROW.items()]
 
 
 def explained(q, query_block=128, key_block=128):
@@ -90,16 +75,14 @@ def test_refuses_what_it_cannot_do(monkeypatch, device, changes, message):
 
 
 @pytest.mark.parametrize("change", [segments, some_full_rows])
-@pytest.mark.parametrize("sizes, settings", WAYS)
-@pytest.mark.parametrize("changes", [{}, dict(shorter=1), dict(programs=None), dict(queries=1)])
+@pytest.mark.parametrize("sizes", backend.NUM_STAGES)
+@pytest.mark.parametrize("fewest", [False, True])
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_CUDA)])
-def test_many_rows(monkeypatch, device, changes, sizes, settings, change):
-    """More than the GPU does at a time, in every way to launch them."""
+def test_many_rows(monkeypatch, device, fewest, sizes, change):
+    """More than the GPU does at a time."""
     head_dim, key_block = sizes
-    changes = dict(changes)
-    num_stages = max(2, settings.num_stages - changes.pop("shorter", 0))
-    settings = replace(settings, num_stages=num_stages, **changes)
-    monkeypatch.setattr(backend, "settings_for", lambda call: settings)
+    if fewest:
+        monkeypatch.setitem(backend.NUM_STAGES, sizes, 2)
     p = change(
         problem(
             device, torch.bfloat16, num_queries=4500, head_dim=head_dim, heads=5,
@@ -114,14 +97,13 @@ def test_many_rows(monkeypatch, device, changes, sizes, settings, change):
 
 
 @pytest.mark.parametrize("change", [segments, some_full_rows])
-@pytest.mark.parametrize("sizes, settings", WAYS)
+@pytest.mark.parametrize("sizes", backend.NUM_STAGES)
 @pytest.mark.parametrize("pool", [4, 8, 16, 32, 64])
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_CUDA)])
-def test_tail(monkeypatch, device, pool, sizes, settings, change):
+def test_tail(monkeypatch, device, pool, sizes, change):
     """In the kernel itself, tiles of full pools and of short ones."""
     head_dim, key_block = sizes
     monkeypatch.setattr(api, "add_tail", None)
-    monkeypatch.setattr(backend, "settings_for", lambda call: settings)
     p = change(
         problem(
             device, torch.bfloat16, num_queries=2300, num_keys=17_000, head_dim=head_dim, heads=5,
@@ -155,54 +137,38 @@ def test_the_check_of_machine_code_sees_an_unset_descriptor():
 
 def test_fits_the_gpu():
     """Compiled here for sm90: shared memory within its limit, no spills in the loop of blocks."""
-    builds = built_by(__file__, "SETTINGS")
+    builds = built_by(__file__)
     assert len(builds) == len(BUILDS)
-    for (head_dim, key_block, _, everything, pool), build in zip(BUILDS, builds):
+    for (head_dim, key_block, *_), build in zip(BUILDS, builds):
         assert build["shared"] <= SHARED_MEMORY[90], build
-        # A row's addresses and those for clearing padding; the loop of pools has a few as well.
-        allowed = 16 if (everything or pool) and head_dim == key_block == 128 else 0
+        # What the kernel computes once: offsets for rows, for pools and for clearing padding.
+        allowed = 48 if head_dim == key_block == 128 else 0
         assert build["spilled"] <= allowed, build
         # Else the request for more registers was dropped in silence.
         assert {40, 232} <= set(build["budgets"]), build
         assert build["undefined"] == [], build
 
 
-def test_two_narrow_programs_fit_a_multiprocessor():
-    builds = built_by(__file__, "NARROW")
-    assert len(builds) == len(NARROW_BUILDS)
-    for (_, _, _, everything, _), build in zip(NARROW_BUILDS, builds):
-        assert 2 * (build["shared"] + RESERVED) <= MULTIPROCESSOR, build
-        assert build["spilled"] <= (32 if everything else 0), build
-        assert {32, 224} <= set(build["budgets"]), build
-        assert not build["serialized"] and build["undefined"] == [], build
-
-
-def compile_for_hopper(head_dim, key_block, dtype, everything, pool, settings):
+def compile_for_hopper(head_dim, key_block, dtype, everything, pool):
     """Compile the kernel without a GPU and ask ptxas what it takes."""
     kernel = backend.block_sparse_kernel
     x = torch.zeros(1, 1, 256, head_dim, dtype=getattr(torch, dtype))
     ints, floats = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
+    keys = backend._describe(x, key_block)
     values = dict(
-        q=backend._describe(x, 128 // settings.warpgroups), k=backend._describe(x, settings.tile),
-        v=backend._describe(x, settings.tile), out=x, rows=ints, counts=ints, indices=ints,
+        q=backend._describe(x, 64), k=keys, v=keys, out=x, rows=ints, counts=ints, indices=ints,
         scale_log2=0.1,
         lse=floats if everything else None, key_lengths=ints if everything else None,
         output_order=ints if everything else None, order_stride=300 if everything else None,
-        pool_keys=backend._describe(x, settings.tile) if pool else None,
-        pool_values=backend._describe(x, settings.tile) if pool else None,
+        pool_keys=keys if pool else None, pool_values=keys if pool else None,
         bias=floats if pool else None, bits=ints.to(torch.uint8) if pool else None,
     )
     constants = dict(
-        D=head_dim, ROWS=128 // settings.warpgroups, KEYS=settings.tile, STAGES=settings.num_stages,
-        PER_BLOCK=key_block // settings.tile, QUERIES=settings.queries,
-        WARPGROUPS=settings.warpgroups, EARLY=settings.early,
+        D=head_dim, ROWS=64, KEYS=key_block, STAGES=backend.NUM_STAGES[head_dim, key_block],
         HAS_LENGTHS=everything, ORDERED=everything, WITH_LSE=everything, POOL=pool,
     )
-    registers = backend.MAX_REGISTERS[settings.warpgroups]
-    return compile_gluon(kernel, values, constants, registers)[0]
+    return compile_gluon(kernel, values, constants)[0]
 
 
 if __name__ == "__main__":
-    table = getattr(backend, sys.argv[1])
-    builds = BUILDS if table is backend.SETTINGS else NARROW_BUILDS
-    print(json.dumps([compile_for_hopper(*build, table[build[:2]]) for build in builds]))
+    print(json.dumps([compile_for_hopper(*build) for build in BUILDS]))

@@ -28,15 +28,12 @@ def _as_operand(b_p, DTYPE: gl.constexpr, OUT: gl.constexpr):
 
 @gluon.jit
 def attend(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_first, i_end, row, scale_log2,
-           PER_BLOCK: gl.constexpr, WARPGROUPS: gl.constexpr, W: gl.constexpr, EARLY: gl.constexpr,
-           WHOLE: gl.constexpr, CLEAR: gl.constexpr):
+           W: gl.constexpr, WHOLE: gl.constexpr, CLEAR: gl.constexpr):
     """Tiles `i_first` to `i_end` of a row, values one step after keys.
 
     Args:
         i_tile: The row's first tile in the rings.
-        PER_BLOCK: Tiles of a key block.
-        WARPGROUPS, W: How many compute, and which one this is; two take turns.
-        EARLY: Whether the wait for the next keys comes before the one for the last product.
+        W: Which of the two warpgroups this is. What one waits for, the other's work hides.
         WHOLE: These are of whole key blocks; others have a bias.
     """
     LOGITS: gl.constexpr = b_max.type.layout.parent
@@ -49,30 +46,21 @@ def attend(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_first, i_end, row
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     rings.release(k_ring, i)
     if not WHOLE:
-        b_s = add_bias(b_s, bias_of(i_first, row, KEYS, PER_BLOCK, scale_log2))
+        b_s = add_bias(b_s, bias_of(i_first, row, KEYS, scale_log2))
     b_p, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, not WHOLE)
     b_p = _as_operand(b_p, DTYPE, OUT)
     if not WHOLE:
         # Whole blocks may have come before.
         b_out = b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, OUT))[:, None]
-    if EARLY:
-        rings.receive_if(i_first + 1 < i_end, k_ring, i + 1)
 
     for i in range(i_tile + i_first + 1, i_tile + i_end):
         if not WHOLE and CLEAR:
-            clear_padding(v_ring, i - 1, i - 1 - i_tile, row, PER_BLOCK, WARPGROUPS, W)
-        if not EARLY:
-            rings.receive(k_ring, i)
-        if WARPGROUPS == 2:
-            # In turns: while one warpgroup multiplies, the other takes exponentials.
-            rings.await_turn(W, i)
-        b_s = multiply_keys(b_q, rings.slot(k_ring, i), LOGITS)
+            clear_padding(v_ring, i - 1, i - 1 - i_tile, row, W)
+        b_s = multiply_keys(b_q, rings.receive(k_ring, i), LOGITS)
         b_out = warpgroup_mma(b_p, rings.receive(v_ring, i - 1), b_out, is_async=True)
-        if WARPGROUPS == 2:
-            rings.grant_turn(1 - W, i)
         if not WHOLE:
             # In flight while the products run.
-            b_bias = bias_of(i - i_tile, row, KEYS, PER_BLOCK, scale_log2)
+            b_bias = bias_of(i - i_tile, row, KEYS, scale_log2)
         # [ROWS, KEYS]
         b_s = warpgroup_mma_wait(1, deps=[b_s])
         rings.release(k_ring, i)
@@ -80,9 +68,6 @@ def attend(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_first, i_end, row
             b_s = add_bias(b_s, b_bias)
         b_next, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, not WHOLE)
         b_next = _as_operand(b_next, DTYPE, OUT)
-        if EARLY:
-            # ptxas does not move the wait for the product across this branch and its loop.
-            rings.receive_if(i + 1 < i_tile + i_end, k_ring, i + 1)
         # [ROWS, D]
         b_out = warpgroup_mma_wait(0, deps=[b_out])
         rings.release(v_ring, i - 1)
@@ -91,7 +76,7 @@ def attend(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_first, i_end, row
 
     i_last = i_tile + i_end - 1
     if not WHOLE and CLEAR:
-        clear_padding(v_ring, i_last, i_end - 1, row, PER_BLOCK, WARPGROUPS, W)
+        clear_padding(v_ring, i_last, i_end - 1, row, W)
     b_out = warpgroup_mma(b_p, rings.receive(v_ring, i_last), b_out, is_async=True)
     # [ROWS, D]
     b_out = warpgroup_mma_wait(0, deps=[b_out])

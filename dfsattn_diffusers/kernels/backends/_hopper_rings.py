@@ -21,40 +21,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (  # noqa: E402
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
 __all__ = [
-    "TensorDescriptor", "await_turn", "clear_rows", "fence_async_shared", "fetch", "gl", "gluon",
-    "grant_turn", "make_ring", "receive", "receive_if", "release", "slot", "warpgroup_mma",
-    "warpgroup_mma_wait",
+    "TensorDescriptor", "clear_rows", "fence_async_shared", "fetch", "gl", "gluon",
+    "make_ring", "read_note", "receive", "receive_if", "release", "sixteen_bytes", "slot",
+    "warpgroup_mma", "warpgroup_mma_wait", "with_notes", "write_notes",
 ]
 
 # The names of triton 3.9, else those of 3.6.
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
-# Gluon has no named barriers. Triton takes 0 to 3 here; 6 and 7 are the warpgroups' turns, at 5
-# they meet; one that computes alone meets itself at 6.
-_AWAIT_6 = gl.constexpr("bar.sync 6, 256; mov.b32 $0, $1;")
-_AWAIT_7 = gl.constexpr("bar.sync 7, 256; mov.b32 $0, $1;")
-_GRANT_6 = gl.constexpr("bar.arrive 6, 256; mov.b32 $0, $1;")
-_GRANT_7 = gl.constexpr("bar.arrive 7, 256; mov.b32 $0, $1;")
+# Gluon has no named barriers; triton takes 0 to 3 here. An operand and a result are a must.
 _MEET = gl.constexpr("bar.sync 5, 256; mov.b32 $0, $1;")
-_MEET_ALONE = gl.constexpr("bar.sync 6, 128; mov.b32 $0, $1;")
 
 
-@gluon.jit
-def _call(ASM: gl.constexpr, i_any):
-    # Inline assembly must have an operand and a result.
-    gl.inline_asm_elementwise(ASM, "=r,r", [i_any], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def await_turn(W: gl.constexpr, i_any):
-    """Until the other warpgroup grants warpgroup W a turn."""
-    _call(_AWAIT_6 if W == 0 else _AWAIT_7, i_any)
-
-
-@gluon.jit
-def grant_turn(W: gl.constexpr, i_any):
-    """Warpgroup W, the other one, may go on."""
-    _call(_GRANT_6 if W == 0 else _GRANT_7, i_any)
+@gluon.constexpr_function
+def sixteen_bytes(head_dim, num_warps):
+    """A layout of rows in 16 bits in which a thread reads or writes 16 bytes at a time."""
+    return gl.BlockedLayout([1, 8], [256 // head_dim, head_dim // 8], [num_warps, 1], [1, 0])
 
 
 @gluon.jit
@@ -69,6 +52,15 @@ def make_ring(DTYPE: gl.constexpr, SLOTS: gl.constexpr, ROWS: gl.constexpr, D: g
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=READERS)
     return tiles, full, free
+
+
+@gluon.jit
+def with_notes(ring, NOTES: gl.constexpr):
+    """The ring, with room for numbers that go with each tile."""
+    SLOTS: gl.constexpr = ring[0].shape[0]
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    notes = gl.allocate_shared_memory(gl.int32, [SLOTS * NOTES, 1], FLAT)
+    return ring[0], ring[1], ring[2], notes
 
 
 @gluon.jit
@@ -118,18 +110,42 @@ def fetch(ring, i, source, i_b, i_h, i_row, i_column):
 
 
 @gluon.jit
-def clear_rows(b_tile, i_end, WARPGROUPS: gl.constexpr, W: gl.constexpr):
-    """Zero a tile in shared memory from row `i_end` on: warpgroup W its share of the tile."""
+def _note(ring, i, PLACE: gl.constexpr):
+    SLOTS: gl.constexpr = ring[0].shape[0]
+    return ring[3].index((i % SLOTS) * (ring[3].shape[0] // SLOTS) + PLACE)
+
+
+@gluon.jit
+def write_notes(ring, i, numbers):
+    """Numbers that go with the i-th tile, once all are done with its slot; `fetch` sends them."""
+    ANY: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    _wait(ring[2], i, 1)
+    for PLACE in gl.static_range(len(numbers)):
+        _note(ring, i, PLACE).store(gl.full([1], numbers[PLACE], gl.int32, ANY))
+    # Every thread has stored them, and one of them announces the tile.
+    _barrier()
+
+
+@gluon.jit
+def read_note(ring, i, PLACE: gl.constexpr):
+    """One of the numbers that go with the i-th tile, once it has arrived."""
+    ANY: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.sum(_note(ring, i, PLACE).load(ANY), 0)
+
+
+@gluon.jit
+def clear_rows(b_tile, i_end, W: gl.constexpr):
+    """Zero a tile in shared memory from row `i_end` on: warpgroup W of two its half of the tile."""
     SLICE: gl.constexpr = 32
-    SHARE: gl.constexpr = b_tile.shape[0] // WARPGROUPS
+    HALF: gl.constexpr = b_tile.shape[0] // 2
     D: gl.constexpr = b_tile.shape[1]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
+    LAYOUT: gl.constexpr = sixteen_bytes(D, gl.num_warps())
     o_n = gl.arange(0, SLICE, gl.SliceLayout(1, LAYOUT))
-    for START in gl.static_range(W * SHARE, W * SHARE + SHARE, SLICE):
+    for START in gl.static_range(W * HALF, W * HALF + HALF, SLICE):
         b_slice = b_tile.slice(START, SLICE)
         # [SLICE, D]
         b_x = b_slice.load(LAYOUT)
         b_slice.store(gl.where((START + o_n < i_end)[:, None], b_x, 0.0).to(b_x.dtype))
     # The tensor cores read past the caches of ordinary stores.
     fence_async_shared()
-    _call(_MEET if WARPGROUPS == 2 else _MEET_ALONE, i_end)
+    gl.inline_asm_elementwise(_MEET, "=r,r", [i_end], dtype=gl.int32, is_pure=False, pack=1)

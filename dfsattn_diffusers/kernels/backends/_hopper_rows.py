@@ -20,35 +20,49 @@ def block_at(p_blocks, i, i_listed):
 
 
 @gluon.jit
-def _tile_at(p_blocks, i, i_listed, PER_BLOCK: gl.constexpr):
-    """The row's i-th tile, where each key block is `PER_BLOCK` of them."""
-    if PER_BLOCK == 1:
-        return block_at(p_blocks, i, i_listed)
-    return block_at(p_blocks, i // PER_BLOCK, i_listed) * PER_BLOCK + i % PER_BLOCK
-
-
-@gluon.jit
 def num_rounds(NUM_WORK):
     """How many rows this program takes."""
     return (NUM_WORK - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
 
 
 @gluon.jit
-def row_at(i_round, rows, counts, indices, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT):
-    """Head and query block of this program's row, its key blocks, and how many are listed."""
+def _row_at(i_round, rows, counts, NUM_WORK):
+    """This program's row, and how many key blocks it keeps."""
     i_program, i_programs = gl.program_id(0), gl.num_programs(0)
     # Long rows come first: dealt back and forth they add up to about as much for every program.
     m_back = (i_round % 2 == 1) & (i_round < NUM_WORK // i_programs)
     i_place = gl.where(m_back, i_programs - 1 - i_program, i_program)
     i_row = gl.load(rows + i_round * i_programs + i_place)
-    i_count = gl.load(counts + i_row)
-    i_listed = gl.where(i_count == NUM_BLOCKS, 0, i_count)
-    p_blocks = indices + i_row.to(gl.int64) * MAX_COUNT
-    return i_row // NUM_ROWS, i_row % NUM_ROWS, i_count, p_blocks, i_listed
+    return i_row, gl.load(counts + i_row)
 
 
 @gluon.jit
-def count_whole(p_blocks, i_count, i_listed, NUM_BLOCKS, full_key_blocks):
+def listed_blocks(i_row, i_count, indices, NUM_BLOCKS, MAX_COUNT):
+    """A row's key blocks, and how many of them are listed: none where it keeps all."""
+    i_listed = gl.where(i_count == NUM_BLOCKS, 0, i_count)
+    return indices + i_row.to(gl.int64) * MAX_COUNT, i_listed
+
+
+@gluon.jit
+def make_row_ring(DTYPE: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr):
+    """For queries: a tile for each warpgroup and what `receive_row` tells, of two rows."""
+    return rings.with_notes(rings.make_ring(DTYPE, 4, ROWS, D, 1), 5)
+
+
+@gluon.jit
+def receive_row(q_ring, i):
+    """A row's queries, sample, head and query block, how many key blocks, how many of them whole.
+
+    From the loading warp, which is ahead: loads and divisions would keep products waiting.
+    """
+    b_q = rings.receive(q_ring, i)
+    i_b, i_h = rings.read_note(q_ring, i, 0), rings.read_note(q_ring, i, 1)
+    i_q, i_count = rings.read_note(q_ring, i, 2), rings.read_note(q_ring, i, 3)
+    return b_q, i_b, i_h, i_q, i_count, rings.read_note(q_ring, i, 4)
+
+
+@gluon.jit
+def _count_whole(p_blocks, i_count, i_listed, NUM_BLOCKS, full_key_blocks):
     """How many of the row's first blocks are sure to be whole, by bisection."""
     i_low, i_high = gl.maximum(i_count - (NUM_BLOCKS - full_key_blocks), 0), i_count
     while i_low < i_high:
@@ -67,75 +81,72 @@ def _fetch_values(ring, i, source, i_b, i_h, i_n, TRANSPOSED: gl.constexpr):
 
 
 @gluon.jit
-def produce(q_source, k_source, v_source, q_ring, k_ring, v_ring, rows, counts,
-            indices, H, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, TRANSPOSED: gl.constexpr,
-            pool_keys=None, pool_values=None, POOL: gl.constexpr = 0,
-            PER_BLOCK: gl.constexpr = 1, WARPGROUPS: gl.constexpr = 2):
+def produce(q_source, k_source, v_source, q_ring, k_ring, v_ring, rows, counts, indices,
+            H, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
+            TRANSPOSED: gl.constexpr,
+            pool_keys=None, pool_values=None, POOL: gl.constexpr = 0):
     """The loading warp: each row's queries, then keys one tile ahead of values, then pools.
 
     `TRANSPOSED`: values have a column for each key. `POOL`: keys of a pool, 0 without a tail.
-    `PER_BLOCK`: tiles of a key block. `WARPGROUPS`: each computes a tile of a row's queries.
     """
     ROWS: gl.constexpr = q_ring[0].shape[1]
     KEYS: gl.constexpr = k_ring[0].shape[1]
-    i_tile, i_queries = 0, 0
+    i_tile = 0
     for i_round in range(num_rounds(NUM_WORK)):
-        i_bh, i_q, i_count, p_blocks, i_listed = row_at(
-            i_round, rows, counts, indices, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT
-        )
+        i_row, i_count = _row_at(i_round, rows, counts, NUM_WORK)
+        p_blocks, i_listed = listed_blocks(i_row, i_count, indices, NUM_BLOCKS, MAX_COUNT)
+        i_whole = _count_whole(p_blocks, i_count, i_listed, NUM_BLOCKS, full_key_blocks)
+        i_bh, i_q = i_row // NUM_ROWS, i_row % NUM_ROWS
         i_b, i_h = i_bh // H, i_bh % H
-        for W in gl.static_range(WARPGROUPS):
-            i_first = (i_q * WARPGROUPS + W) * ROWS
-            rings.fetch(q_ring, i_queries + W, q_source, i_b, i_h, i_first, 0)
-        i_queries += WARPGROUPS
-        i_kept = i_count * PER_BLOCK
-        i_place = _tile_at(p_blocks, 0, i_listed, PER_BLOCK)
-        i_last = -1  # not `i_place`: the loop would not carry what starts as another name's value
-        for i in range(i_kept):
-            rings.fetch(k_ring, i_tile + i, k_source, i_b, i_h, i_place * KEYS, 0)
+        for W in gl.static_range(2):
+            i_first = (i_q * 2 + W) * ROWS
+            rings.write_notes(q_ring, i_round * 2 + W, (i_b, i_h, i_q, i_count, i_whole))
+            rings.fetch(q_ring, i_round * 2 + W, q_source, i_b, i_h, i_first, 0)
+        i_block = block_at(p_blocks, 0, i_listed)
+        i_last = -1  # not `i_block`: the loop would not carry what starts as another name's value
+        for i in range(i_count):
+            rings.fetch(k_ring, i_tile + i, k_source, i_b, i_h, i_block * KEYS, 0)
             # One step ahead: the index is in flight while the next step waits.
-            i_next = _tile_at(p_blocks, i + 1, i_listed, PER_BLOCK)
+            i_next = block_at(p_blocks, i + 1, i_listed)
             if i > 0:
                 _fetch_values(
                     v_ring, i_tile + i - 1, v_source, i_b, i_h, i_last * KEYS, TRANSPOSED
                 )
-            i_last, i_place = i_place, i_next
-        i_tile += i_kept
-        if i_kept > 0:
+            i_last, i_block = i_block, i_next
+        i_tile += i_count
+        if i_count > 0:
             _fetch_values(v_ring, i_tile - 1, v_source, i_b, i_h, i_last * KEYS, TRANSPOSED)
         if POOL > 0:
-            i_end = i_tile + tails.num_tiles(i_count, NUM_BLOCKS, PER_BLOCK, POOL)
+            i_end = i_tile + tails.num_tiles(i_count, NUM_BLOCKS, POOL)
             tails.fetch_pools(k_ring, v_ring, i_tile, i_end, pool_keys, pool_values, i_b, i_h)
             i_tile = i_end
 
 
 @gluon.jit
-def real_keys(i, row, KEYS: gl.constexpr, PER_BLOCK: gl.constexpr):
-    """Keys of the row's i-th tile that are not padding; none or less where all are."""
+def real_keys(i, row, KEYS: gl.constexpr):
+    """Keys of the row's i-th block that are not padding; none or less where all are."""
     p_blocks, i_listed, N_K, p_lengths = row[3], row[4], row[5], row[6]
-    i_tile = _tile_at(p_blocks, i, i_listed, PER_BLOCK)
-    i_keys = N_K - i_tile * KEYS
+    i_block = block_at(p_blocks, i, i_listed)
+    i_keys = N_K - i_block * KEYS
     if p_lengths is not None:
-        i_length = gl.load(p_lengths + i_tile // PER_BLOCK)
-        i_keys = gl.minimum(i_keys, i_length - i_tile % PER_BLOCK * KEYS)
+        i_keys = gl.minimum(i_keys, gl.load(p_lengths + i_block))
     return i_keys
 
 
 @gluon.jit
-def bias_of(i, row, KEYS: gl.constexpr, PER_BLOCK: gl.constexpr, scale_log2):
+def bias_of(i, row, KEYS: gl.constexpr, scale_log2):
     """What the logits of the row's i-th tile get before the scale, one column in each thread.
 
     Args:
         row: Its tiles, those of key blocks, and of whole ones among these; the blocks, how many of
             them are listed, all keys, the blocks' lengths or None; and its pools or None.
-        PER_BLOCK: Tiles of a key block.
     """
     COLUMNS: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     # [KEYS]
     o_k = gl.arange(0, KEYS, COLUMNS)
     b_bias = gl.full([KEYS], 0.0, gl.float32, COLUMNS)
     if i < row[1]:
-        b_bias = gl.where(o_k < real_keys(i, row, KEYS, PER_BLOCK), b_bias, float("-inf"))
+        b_bias = gl.where(o_k < real_keys(i, row, KEYS), b_bias, float("-inf"))
     elif row[7] is not None:
         b_bias = tails.bias_of(i - row[1], o_k, row[7], scale_log2)
     return b_bias
@@ -149,12 +160,11 @@ def add_bias(b_s, b_bias):
 
 
 @gluon.jit
-def clear_padding(v_ring, i_ring, i, row, PER_BLOCK: gl.constexpr, WARPGROUPS: gl.constexpr,
-                  W: gl.constexpr):
+def clear_padding(v_ring, i_ring, i, row, W: gl.constexpr):
     """Padding of values may be NaN, and 0 * NaN is not 0."""
     if (i >= row[2]) & (i < row[1]):
         b_v = rings.receive(v_ring, i_ring)
-        rings.clear_rows(b_v, real_keys(i, row, b_v.shape[0], PER_BLOCK), WARPGROUPS, W)
+        rings.clear_rows(b_v, real_keys(i, row, b_v.shape[0]), W)
 
 
 @gluon.jit
@@ -175,20 +185,23 @@ def store_rows(
     OUT: gl.constexpr = b_out.type.layout
     ROWS: gl.constexpr = b_out.shape[0]
     D: gl.constexpr = b_out.shape[1]
+    WIDE: gl.constexpr = rings.sixteen_bytes(D, gl.num_warps())
     # [ROWS]
-    o_q = i_first + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
+    o_q = i_first + gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
     m_q = o_q < N_Q
     o_out = o_q
     if ORDERED:
         p_order = output_order + i_bh.to(gl.int64) * order_stride
         o_out = gl.load(p_order + o_q, mask=m_q, other=-1)
     if WITH_LSE:
-        b_lse = gl.convert_layout(b_lse, gl.SliceLayout(1, OUT))
+        b_lse = gl.convert_layout(b_lse, gl.SliceLayout(1, WIDE))
         gl.store(lse + i_bh.to(gl.int64) * N_Q + o_q, b_lse, mask=m_q)
     b_sum = gl.convert_layout(gl.where(b_sum == 0.0, 1.0, b_sum), gl.SliceLayout(1, OUT))
-    p_out = out + i_b.to(gl.int64) * stride_ob + i_h.to(gl.int64) * stride_oh
-    p_out += o_out.to(gl.int64) * stride_on
-    o_d = gl.arange(0, D, gl.SliceLayout(0, OUT))
     # [ROWS, D]
     b_out = (b_out * (1.0 / b_sum)[:, None]).to(out.dtype.element_ty)
+    # As the products leave it a thread has two numbers in a row.
+    b_out = gl.convert_layout(b_out, WIDE)
+    p_out = out + i_b.to(gl.int64) * stride_ob + i_h.to(gl.int64) * stride_oh
+    p_out += o_out.to(gl.int64) * stride_on
+    o_d = gl.arange(0, D, gl.SliceLayout(0, WIDE))
     gl.store(p_out[:, None] + o_d[None, :], b_out, mask=(m_q & (o_out >= 0))[:, None])

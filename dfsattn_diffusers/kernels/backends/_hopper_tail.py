@@ -11,9 +11,9 @@ from ._hopper_rings import gl, gluon
 
 
 @gluon.jit
-def num_tiles(i_count, NUM_BLOCKS, PER_BLOCK: gl.constexpr, POOL: gl.constexpr):
-    """Tiles of pools that a row reads; none where it keeps every block, `PER_BLOCK` tiles each."""
-    return gl.where(i_count == NUM_BLOCKS, 0, (NUM_BLOCKS * PER_BLOCK + POOL - 1) // POOL)
+def num_tiles(i_count, NUM_BLOCKS, POOL: gl.constexpr):
+    """Tiles of pools that a row reads; none where it keeps every block."""
+    return gl.where(i_count == NUM_BLOCKS, 0, (NUM_BLOCKS + POOL - 1) // POOL)
 
 
 @gluon.jit

@@ -6,8 +6,6 @@ that weights go from one product's registers to the other's without being moved.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -19,11 +17,12 @@ from ._hopper_rings import TensorDescriptor, gl, gluon, warpgroup_mma, warpgroup
 from ._hopper_rows import (
     COUNTS,
     block_at,
-    count_whole,
+    listed_blocks,
+    make_row_ring,
     multiply_keys,
     num_rounds,
     produce,
-    row_at,
+    receive_row,
     store_rows,
 )
 from .gluon_hopper import QUERY_BLOCK, refused
@@ -32,28 +31,8 @@ NAME = "gluon_fp8"
 PRECISION = "fp8"
 
 
-@dataclass(frozen=True)
-class LaunchSettings:
-    """How to launch the kernel.
-
-    Attributes:
-        num_stages: Slots of the rings of key and of value blocks.
-        persistent: One program per multiprocessor that takes row after row, not one per row.
-        early: Whether the wait for the next keys comes before the one for the last product.
-    """
-
-    num_stages: int
-    persistent: bool = True
-    early: bool = True
-
-
-# By head dim and key block; no others are measured yet.
-SETTINGS = {
-    (128, 128): LaunchSettings(4, persistent=False),
-    (128, 64): LaunchSettings(8, persistent=False),
-    (64, 128): LaunchSettings(8),
-    (64, 64): LaunchSettings(8),
-}
+# Slots of the rings of key and of value blocks, by head dim and key block.
+NUM_STAGES = {(128, 128): 4, (128, 64): 8, (64, 128): 8, (64, 64): 8}
 
 
 @gluon.jit
@@ -112,8 +91,7 @@ def _add(b_out, b_decay, b_product):
 
 @gluon.jit
 def _attend_whole(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_whole, p_blocks, i_listed,
-                  k_scales, v_logs, b_q_scale, NUM_BLOCKS, W: gl.constexpr,
-                  EARLY: gl.constexpr):
+                  k_scales, v_logs, b_q_scale, NUM_BLOCKS):
     """A row's first `i_whole` blocks, without masks, values one step after keys."""
     LOGITS: gl.constexpr = b_max.type.layout.parent
     OUT: gl.constexpr = b_out.type.layout
@@ -130,8 +108,7 @@ def _attend_whole(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_whole, p_b
     b_new = _raise(b_max, b_s, b_scale, b_log)
     b_packed, b_sum, b_decay = _weigh(b_s, b_max, b_new, b_sum, b_scale, b_log, False)
     b_max, b_scale, b_log = b_new, b_q_scale * b_next_scale, b_next_log
-    if EARLY:
-        rings.receive_if(i_whole > 1, k_ring, i_tile + 1)
+    rings.receive_if(i_whole > 1, k_ring, i_tile + 1)
 
     for i in range(1, i_whole):
         # Scales one step ahead, and two steps the index that they wait for.
@@ -139,19 +116,13 @@ def _attend_whole(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_whole, p_b
         i_block = block_at(p_blocks, i + 2, i_listed)
         # Before any product starts, else ptxas lets none overlap.
         b_operand = as_operand(b_packed, OUT)
-        if not EARLY:
-            rings.receive(k_ring, i_tile + i)
-        # In turns: while one warpgroup multiplies, the other takes exponentials.
-        rings.await_turn(W, i)
         b_s = multiply_keys(b_q, rings.slot(k_ring, i_tile + i), LOGITS)
         b_product = _multiply_values(b_operand, rings.receive(v_ring, i_tile + i - 1), OUT)
-        rings.grant_turn(1 - W, i)
         # [ROWS, KEYS]
         b_s = warpgroup_mma_wait(1, deps=[b_s])
         b_new = _raise(b_max, b_s, b_scale, b_log)
-        if EARLY:
-            # ptxas does not move the wait for the product across this branch and its loop.
-            rings.receive_if(i + 1 < i_whole, k_ring, i_tile + i + 1)
+        # ptxas does not move the wait for the product across this branch and its loop.
+        rings.receive_if(i + 1 < i_whole, k_ring, i_tile + i + 1)
         # [ROWS, D]
         b_product = warpgroup_mma_wait(0, deps=[b_product])
         # Together: between a release and a wait there is a barrier of the warpgroup.
@@ -194,11 +165,10 @@ def _attend_masked(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_keys, b_s
 
 @gluon.jit
 def _consume(
-    q_ring, k_ring, v_ring, q_scales, k_scales, v_logs, mean_logits, out, lse, rows, counts,
-    indices, key_lengths, output_order, order_stride, scale, stride_ob, stride_oh, stride_on,
-    H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
+    q_ring, k_ring, v_ring, q_scales, k_scales, v_logs, mean_logits, out, lse, indices,
+    key_lengths, output_order, order_stride, scale, stride_ob, stride_oh, stride_on,
+    H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
     W: gl.constexpr, HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
-    EARLY: gl.constexpr,
 ):
     """One of two warpgroups: its half of each row's queries against all of the row's keys."""
     ROWS: gl.constexpr = q_ring[0].shape[1]
@@ -207,17 +177,13 @@ def _consume(
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     PARTS: gl.constexpr = parts_layout(KEYS)
-    i_tile, i_half = 0, W
-    if W == 1:
-        # The first turn is the other warpgroup's.
-        rings.grant_turn(0, NUM_WORK)
+    i_tile = 0
     for i_round in range(num_rounds(NUM_WORK)):
-        i_bh, i_q, i_count, p_blocks, i_listed = row_at(
-            i_round, rows, counts, indices, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT
-        )
-        i_b, i_h = i_bh // H, i_bh % H
-        i_row = i_bh.to(gl.int64) * NUM_ROWS + i_q
-        i_whole = count_whole(p_blocks, i_count, i_listed, NUM_BLOCKS, full_key_blocks)
+        i_queries = i_round * 2 + W
+        b_q, i_b, i_h, i_q, i_count, i_whole = receive_row(q_ring, i_queries)
+        i_bh = i_b * H + i_h
+        i_row = i_bh * NUM_ROWS + i_q
+        p_blocks, i_listed = listed_blocks(i_row, i_count, indices, NUM_BLOCKS, MAX_COUNT)
         p_k_scales = k_scales + i_bh.to(gl.int64) * NUM_BLOCKS
         p_v_logs = v_logs + i_bh.to(gl.int64) * NUM_BLOCKS
         b_q_scale = gl.load(q_scales + i_row) * (scale * 1.4426950408889634)
@@ -227,14 +193,13 @@ def _consume(
         b_sum = gl.zeros([ROWS, 4], gl.float32, PARTS)
         # [ROWS, D]
         b_out = gl.zeros([ROWS, D], gl.float32, OUT)
-        b_q = rings.receive(q_ring, i_half)
         # The same tile, since no count is negative. ptxas must not know: it would compute parts of
         # the tile's descriptor for whole blocks alone, and use them where there are none as well.
-        b_q_again = rings.slot(q_ring, i_half + gl.where(i_count < 0, 1, 0))
+        b_q_again = rings.slot(q_ring, i_queries + gl.where(i_count < 0, 1, 0))
         if i_whole > 0:
             b_out, b_max, b_sum = _attend_whole(
                 b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_whole, p_blocks, i_listed,
-                p_k_scales, p_v_logs, b_q_scale, NUM_BLOCKS, W, EARLY,
+                p_k_scales, p_v_logs, b_q_scale, NUM_BLOCKS,
             )
         for i in range(i_whole, i_count):
             i_block = block_at(p_blocks, i, i_listed)
@@ -246,8 +211,7 @@ def _consume(
                 b_q_again, k_ring, v_ring, b_out, b_max, b_sum, i_tile + i, i_keys,
                 b_q_scale * b_k_scale, b_log,
             )
-        rings.release(q_ring, i_half)
-        i_half += 2
+        rings.release(q_ring, i_queries)
         i_tile += i_count
 
         # [ROWS]
@@ -255,15 +219,12 @@ def _consume(
         # A row without keys has sum 0 and maximum -inf.
         b_lse = (b_max - 8.0 + gl.log2(b_sum)) * 0.6931471805599453
         if WITH_LSE:
-            o_q = W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LOGITS))
-            b_lse += gl.load(mean_logits + i_row * 2 * ROWS + o_q) * scale
+            o_mean = W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LOGITS))
+            b_lse += gl.load(mean_logits + i_row.to(gl.int64) * 2 * ROWS + o_mean) * scale
         store_rows(
             b_out, b_sum, b_lse, out, lse, output_order, order_stride, i_bh, i_b, i_h,
             (i_q * 2 + W) * ROWS, stride_ob, stride_oh, stride_on, N_Q, ORDERED, WITH_LSE,
         )
-    if W == 0:
-        # Take the other's last grant: no barrier may stay half full.
-        rings.await_turn(0, NUM_WORK)
 
 
 @gluon.jit(do_not_specialize=COUNTS)
@@ -273,11 +234,9 @@ def block_sparse_kernel(
     H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
     D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
-    EARLY: gl.constexpr,
 ):
     """Query blocks of all heads, as `rows` deals them to the programs."""
-    # A row's queries are a tile for each warpgroup; the next row's come meanwhile.
-    q_ring = rings.make_ring(q.dtype, 4, ROWS, D, 1)
+    q_ring = make_row_ring(q.dtype, ROWS, D)
     k_ring = rings.make_ring(q.dtype, STAGES, KEYS, D, 2)
     v_ring = rings.make_ring(q.dtype, STAGES, D, KEYS, 2)
     rings.fence_async_shared()
@@ -285,19 +244,19 @@ def block_sparse_kernel(
         [
             (_consume, (
                 q_ring, k_ring, v_ring, q_scales, k_scales, v_logs, mean_logits, out, lse,
-                rows, counts, indices, key_lengths, output_order, order_stride, scale, stride_ob,
-                stride_oh, stride_on, H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
-                full_key_blocks, 0, HAS_LENGTHS, ORDERED, WITH_LSE, EARLY,
+                indices, key_lengths, output_order, order_stride, scale, stride_ob, stride_oh,
+                stride_on, H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
+                0, HAS_LENGTHS, ORDERED, WITH_LSE,
             )),
             (_consume, (
                 q_ring, k_ring, v_ring, q_scales, k_scales, v_logs, mean_logits, out, lse,
-                rows, counts, indices, key_lengths, output_order, order_stride, scale, stride_ob,
-                stride_oh, stride_on, H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
-                full_key_blocks, 1, HAS_LENGTHS, ORDERED, WITH_LSE, EARLY,
+                indices, key_lengths, output_order, order_stride, scale, stride_ob, stride_oh,
+                stride_on, H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
+                1, HAS_LENGTHS, ORDERED, WITH_LSE,
             )),
             (produce, (
                 q, k, v, q_ring, k_ring, v_ring, rows, counts, indices, H, NUM_WORK, NUM_ROWS,
-                NUM_BLOCKS, MAX_COUNT, True,
+                NUM_BLOCKS, MAX_COUNT, full_key_blocks, True,
             )),
         ],
         [4, 1],
@@ -315,14 +274,10 @@ def why_not(call: AttentionCall) -> str | None:
     return refused(call)
 
 
-def settings_for(call: AttentionCall) -> LaunchSettings:
-    """The table's entry for the call's head dim and key block."""
-    return SETTINGS[call.q.shape[-1], call.block_map.key_block]
-
-
 def forward(call: AttentionCall) -> None:
     """Quantise, then fill `call.out` and `call.lse`."""
-    launch(call, quantize_for(call), settings_for(call))
+    head_dim, key_block = call.q.shape[-1], call.block_map.key_block
+    launch(call, quantize_for(call), NUM_STAGES[head_dim, key_block])
 
 
 def quantize_for(call: AttentionCall) -> Quantized:
@@ -333,17 +288,16 @@ def quantize_for(call: AttentionCall) -> Quantized:
     )
 
 
-def launch(call: AttentionCall, x: Quantized, settings: LaunchSettings) -> None:
-    """Run the kernel on what `quantize_for` made; benchmarks pass settings of their own."""
+def launch(call: AttentionCall, x: Quantized, num_stages: int) -> None:
+    """Run the kernel on what `quantize_for` made; benchmarks pass stages of their own."""
     block_map, key_lengths = call.block_map, call.key_lengths
     order, order_stride = call.order_and_stride()
     batch, heads, num_queries, head_dim = call.q.shape
     num_rows, key_block = block_map.counts.shape[-1], block_map.key_block
     num_work = batch * heads * num_rows
     device = torch.cuda.get_device_properties(call.q.device)
-    programs = min(num_work, device.multi_processor_count) if settings.persistent else num_work
     with torch.cuda.device_of(call.q):
-        block_sparse_kernel[programs,](
+        block_sparse_kernel[min(num_work, device.multi_processor_count),](
             _describe(x.q, QUERY_BLOCK // 2, head_dim), _describe(x.k, key_block, head_dim),
             _describe(x.v, head_dim, key_block),
             x.q_scales, x.k_scales, x.v_scales.log2(), x.mean_logits, call.out, call.lse,
@@ -352,9 +306,9 @@ def launch(call: AttentionCall, x: Quantized, settings: LaunchSettings) -> None:
             order, order_stride, call.scale, *call.out.stride()[:3],
             heads, num_queries, call.k.shape[2], num_work, num_rows, block_map.num_key_blocks,
             block_map.indices.shape[-1], call.full_key_blocks,
-            D=head_dim, ROWS=QUERY_BLOCK // 2, KEYS=key_block, STAGES=settings.num_stages,
+            D=head_dim, ROWS=QUERY_BLOCK // 2, KEYS=key_block, STAGES=num_stages,
             HAS_LENGTHS=key_lengths is not None, ORDERED=order is not None,
-            WITH_LSE=call.lse is not None, EARLY=settings.early,
+            WITH_LSE=call.lse is not None,
             # 12 warps with the other partitions': 65536 / 384 registers, in multiples of 8.
             num_warps=4, maxnreg=168, enable_fp_fusion=True,
         )

@@ -1,7 +1,8 @@
 """Time sparse attention kernels beside dense cuDNN and FlexAttention, on one CUDA GPU.
 
-Values and maps are random and new in every run. A kernel that is not right is not timed; the others
-are, and every row is written as soon as it is there.
+Times are the GPU's alone: every call is queued behind other work, which leaves nothing of the inputs
+in the cache. Values and maps are random and new in every run. A kernel that is not right is not
+timed; the others are, and every row is written as soon as it is there.
 """
 
 import sys
@@ -13,7 +14,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from benchmark_tools import Rows, about, milliseconds
+from benchmark_tools import Rows, about, device_ms
 from kernel_problems import BLOCK, Problem, WrongOutput, check, spots
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -132,7 +133,7 @@ def measure(name, prepare, problem, iterations):
     if not dense:
         error = check(problem, out, spots(problem), torch.float32, fp8="fp8" in name)
     del out
-    ms = milliseconds(function, iterations)
+    ms = device_ms(function, iterations)
     density = 1.0 if dense else problem.mask.float().mean().item()
     tflops = problem.flops(dense) / ms / 1e9
     return dict(density=density, kernel=name, ms=ms, tflops=tflops, error=error)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmark_tools import Rows, about, milliseconds
+from benchmark_tools import Rows, about, device_ms
 
 from dfsattn_diffusers.kernels import prologue_kernels
 from dfsattn_diffusers.kernels.prologue import (
@@ -157,17 +157,6 @@ def copy_ms(count, iterations):
     source = torch.empty(count // 2, device="cuda", dtype=torch.uint8)
     target = torch.empty_like(source)
     return device_ms(lambda: target.copy_(source), iterations)
-
-
-def device_ms(function, iterations):
-    """Of a call behind a few milliseconds of other work."""
-    other = torch.empty(2**30, device="cuda", dtype=torch.uint8)
-
-    def occupy():
-        for _ in range(8):
-            other.zero_()
-
-    return milliseconds(function, iterations, before=occupy)
 
 
 def benchmark(shape, args, rows):

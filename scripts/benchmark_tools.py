@@ -27,6 +27,17 @@ def milliseconds(function, iterations, warmup=3, before=None):
     return statistics.median(times)
 
 
+def device_ms(function, iterations):
+    """Of a call on the GPU alone: behind other work, which outlasts what the host does for it."""
+    other = torch.empty(2**30, device="cuda", dtype=torch.uint8)
+
+    def occupy():
+        for _ in range(8):
+            other.zero_()
+
+    return milliseconds(function, iterations, before=occupy)
+
+
 def about(**more):
     """On what and when numbers were taken, and `more` of how."""
     try:

@@ -1,8 +1,8 @@
 """Time sparse attention kernels beside dense cuDNN and FlexAttention, on one CUDA GPU.
 
-Times are the GPU's alone: every call is queued behind other work, which leaves nothing of the inputs
-in the cache. Values and maps are random and new in every run. A kernel that is not right is not
-timed; the others are, and every row is written as soon as it is there.
+Times are the GPU's alone: every call is queued behind other work, which leaves nothing of the
+inputs in the cache. Values and maps are random and new in every run. A kernel that is not right is
+not timed; the others are, and every row is written as soon as it is there.
 """
 
 import sys

@@ -315,6 +315,11 @@ class Emulator:
         inside = torch.where(mask, offset, 0)
         return value(torch.where(mask, pointer.data[inside], other))
 
+    def _add(self, pointer, x, sem):
+        before = self._load(pointer)
+        pointer.data[pointer.offset] += x
+        return before
+
     def _store(self, pointer, x, mask):
         mask, offset, x = torch.broadcast_tensors(mask, pointer.offset, x)
         pointer.data[offset[mask]] = x[mask].to(pointer.data.dtype)
@@ -334,6 +339,7 @@ class Emulator:
             num_warps=lambda: self.scheduler.current.warps, barrier=lambda: None,
             allocate_shared_memory=self._allocate, warp_specialize=self._specialize,
             inline_asm_elementwise=self._assemble, load=self._load, store=self._store,
+            atomic_add=self._add,
             arange=lambda start, end, layout: value(torch.arange(start, end)),
             full=lambda shape, x, dtype, layout: value(torch.as_tensor(x).expand(shape).to(dtype)),
             zeros=lambda shape, dtype, layout: value(torch.zeros(shape, dtype=dtype)),

@@ -16,6 +16,7 @@ from kernel_cases import (
 )
 from test_triton_fp8 import check_fp8
 
+from dfsattn_diffusers.kernels import BlockMap, explain
 from dfsattn_diffusers.kernels.backends import load_backend
 
 backend = load_backend("gluon_fp8")
@@ -34,10 +35,19 @@ BUILDS = [
 GPU = [pytest.param("cuda", marks=ON_CUDA)]
 
 
-def test_is_chosen_by_name_only():
+def test_refuses_other_devices():
     p = problem(dtype=torch.float16, num_queries=1)
     with pytest.raises(ValueError, match="needs a CUDA device of capability 9.0, got cpu"):
         p.run("gluon_fp8", precision="fp8")
+
+
+@pytest.mark.parametrize("device", GPU)
+def test_is_chosen(device):
+    p = problem(device, torch.bfloat16, num_queries=300)
+    block_map = BlockMap.from_mask(p.mask, query_block=128, key_block=128)
+    chosen = explain(p.q, p.k, p.v, block_map, precision="fp8")
+    assert chosen.backend == "gluon_fp8"
+    assert chosen.rejected["triton_fp8"] == "slower than gluon_fp8"
 
 
 @pytest.mark.parametrize("change", NASTY)
@@ -97,8 +107,8 @@ def compile_for_hopper(head_dim, key_block, everything):
     values = dict(
         q=backend._describe(x, 64, head_dim), k=backend._describe(x, key_block, head_dim),
         v=backend._describe(x.transpose(2, 3).contiguous(), head_dim, key_block),
-        out=x.bfloat16(), rows=ints, counts=ints, indices=ints, scale=0.1, mean_logits=floats,
-        q_scales=floats, k_scales=floats, v_logs=floats,
+        out=x.bfloat16(), rows=ints, next_row=ints, counts=ints, indices=ints,
+        scale=0.1, mean_logits=floats, q_scales=floats, k_scales=floats, v_logs=floats,
         lse=floats if everything else None, key_lengths=ints if everything else None,
         output_order=ints if everything else None, order_stride=300 if everything else None,
     )

@@ -20,20 +20,9 @@ def block_at(p_blocks, i, i_listed):
 
 
 @gluon.jit
-def num_rounds(NUM_WORK):
-    """How many rows this program takes."""
-    return (NUM_WORK - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
-
-
-@gluon.jit
-def _row_at(i_round, rows, counts, NUM_WORK):
-    """This program's row, and how many key blocks it keeps."""
-    i_program, i_programs = gl.program_id(0), gl.num_programs(0)
-    # Long rows come first: dealt back and forth they add up to about as much for every program.
-    m_back = (i_round % 2 == 1) & (i_round < NUM_WORK // i_programs)
-    i_place = gl.where(m_back, i_programs - 1 - i_program, i_program)
-    i_row = gl.load(rows + i_round * i_programs + i_place)
-    return i_row, gl.load(counts + i_row)
+def _claim(next_row):
+    """The place in `rows` of a row that nobody has; the first ones are there without asking."""
+    return gl.num_programs(0) + gl.atomic_add(next_row, 1, sem="relaxed")
 
 
 @gluon.jit
@@ -46,19 +35,20 @@ def listed_blocks(i_row, i_count, indices, NUM_BLOCKS, MAX_COUNT):
 @gluon.jit
 def make_row_ring(DTYPE: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr):
     """For queries: a tile for each warpgroup and what `receive_row` tells, of two rows."""
-    return rings.with_notes(rings.make_ring(DTYPE, 4, ROWS, D, 1), 5)
+    return rings.with_notes(rings.make_ring(DTYPE, 4, ROWS, D, 1), 6)
 
 
 @gluon.jit
 def receive_row(q_ring, i):
-    """A row's queries, sample, head and query block, how many key blocks, how many of them whole.
+    """A row's queries; sample, head, query block; key blocks, whole ones; whether another follows.
 
     From the loading warp, which is ahead: loads and divisions would keep products waiting.
     """
     b_q = rings.receive(q_ring, i)
     i_b, i_h = rings.read_note(q_ring, i, 0), rings.read_note(q_ring, i, 1)
     i_q, i_count = rings.read_note(q_ring, i, 2), rings.read_note(q_ring, i, 3)
-    return b_q, i_b, i_h, i_q, i_count, rings.read_note(q_ring, i, 4)
+    i_whole, i_more = rings.read_note(q_ring, i, 4), rings.read_note(q_ring, i, 5)
+    return b_q, i_b, i_h, i_q, i_count, i_whole, i_more
 
 
 @gluon.jit
@@ -81,27 +71,33 @@ def _fetch_values(ring, i, source, i_b, i_h, i_n, TRANSPOSED: gl.constexpr):
 
 
 @gluon.jit
-def produce(q_source, k_source, v_source, q_ring, k_ring, v_ring, rows, counts, indices,
+def produce(q_source, k_source, v_source, q_ring, k_ring, v_ring, rows, next_row, counts, indices,
             H, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
             TRANSPOSED: gl.constexpr,
             pool_keys=None, pool_values=None, POOL: gl.constexpr = 0):
     """The loading warp: each row's queries, then keys one tile ahead of values, then pools.
 
+    Programs take row after row from `rows`: where `next_row` is, one number for all of them.
     `TRANSPOSED`: values have a column for each key. `POOL`: keys of a pool, 0 without a tail.
     """
     ROWS: gl.constexpr = q_ring[0].shape[1]
     KEYS: gl.constexpr = k_ring[0].shape[1]
-    i_tile = 0
-    for i_round in range(num_rounds(NUM_WORK)):
-        i_row, i_count = _row_at(i_round, rows, counts, NUM_WORK)
+    i_tile, i_queries = 0, 0
+    i_place, i_later = gl.program_id(0), _claim(next_row)
+    i_row = gl.load(rows + i_place)
+    while i_place < NUM_WORK:
+        i_count = gl.load(counts + i_row)
+        i_later_row = gl.load(rows + i_later, mask=i_later < NUM_WORK, other=0)
         p_blocks, i_listed = listed_blocks(i_row, i_count, indices, NUM_BLOCKS, MAX_COUNT)
         i_whole = _count_whole(p_blocks, i_count, i_listed, NUM_BLOCKS, full_key_blocks)
         i_bh, i_q = i_row // NUM_ROWS, i_row % NUM_ROWS
         i_b, i_h = i_bh // H, i_bh % H
+        i_more = gl.where(i_later < NUM_WORK, 1, 0)
         for W in gl.static_range(2):
             i_first = (i_q * 2 + W) * ROWS
-            rings.write_notes(q_ring, i_round * 2 + W, (i_b, i_h, i_q, i_count, i_whole))
-            rings.fetch(q_ring, i_round * 2 + W, q_source, i_b, i_h, i_first, 0)
+            rings.write_notes(q_ring, i_queries + W, (i_b, i_h, i_q, i_count, i_whole, i_more))
+            rings.fetch(q_ring, i_queries + W, q_source, i_b, i_h, i_first, 0)
+        i_queries += 2
         i_block = block_at(p_blocks, 0, i_listed)
         i_last = -1  # not `i_block`: the loop would not carry what starts as another name's value
         for i in range(i_count):
@@ -120,6 +116,8 @@ def produce(q_source, k_source, v_source, q_ring, k_ring, v_ring, rows, counts, 
             i_end = i_tile + tails.num_tiles(i_count, NUM_BLOCKS, POOL)
             tails.fetch_pools(k_ring, v_ring, i_tile, i_end, pool_keys, pool_values, i_b, i_h)
             i_tile = i_end
+        # While the rings are full, and two rows early: the answer takes its time.
+        i_place, i_row, i_later = i_later, i_later_row, _claim(next_row)
 
 
 @gluon.jit

@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from itertools import product
 from math import prod
 from pathlib import Path
+from statistics import mean
 
 import diffusers
 import torch
@@ -31,6 +32,7 @@ from witness_families import FAMILIES
 from witnesses import Witness
 
 from dfsattn_diffusers import __version__, enable_dfsattn
+from dfsattn_diffusers.analysis import record_attention, to_rows
 from dfsattn_diffusers.configs import resolve_config
 from dfsattn_diffusers.metrics import psnr, ssim
 
@@ -140,7 +142,7 @@ class Benchmark:
         steps = variant.steps or self.args.steps
         reference = self._reference(witness, grid, steps, cases)
         began = time.perf_counter()
-        cost, recall = 1.0, None
+        cost, recall, rows = 1.0, None, []
         if variant.preset is None:
             with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
                 latents = self._generate(witness, grid, steps, cases)
@@ -150,8 +152,11 @@ class Benchmark:
             with (
                 enable_dfsattn(pipe, variant.preset, **variant.changes) as handle,
                 in_place_of_ours(rival) if rival else nullcontext() as costs,
+                # A rival's choice is not what our observer sees.
+                record_attention(handle, queries=1, steps=() if rival else sampled(steps)) as calls,
             ):
                 latents = self._generate(witness, grid, steps, cases)
+            rows = to_rows(calls)
             report = handle.report().runs[-1]
             cost, recall = report.density, report.recall
             if rival:
@@ -160,6 +165,8 @@ class Benchmark:
                 cost = (float(sum(costs)) + exact) / (len(costs) + exact)
         seconds = time.perf_counter() - began
         common = {"cost": cost, "recall": recall, "seconds": seconds / len(cases)}
+        for name, column in (("recall_sampled", "recall"), ("recall_bound", "bound_tiles")):
+            common[name] = mean(row[column] for row in rows) if rows else None
         clips = self.witnesses[witness].decode(latents)
         return [
             {
@@ -192,6 +199,11 @@ class Benchmark:
     def _generate(self, witness, grid, steps, cases):
         prompts = [self.prompts[case] for case in cases]
         return self.witnesses[witness].generate(prompts, cases, grid, steps, self.args.guidance)
+
+
+def sampled(steps):
+    """Steps whose recall is measured: each is some milliseconds a call."""
+    return range(steps // 8, steps, max(1, steps // 6))
 
 
 def merge(path, parts):

@@ -28,7 +28,6 @@ def rows_of(runs):
     rows = []
     for run in runs:
         cases = run["cases"]
-        recalls = [case["recall"] for case in cases if case["recall"] is not None]
         rows.append(
             [
                 run["variant"],
@@ -37,10 +36,21 @@ def rows_of(runs):
                 f"{min(case['psnr'] for case in cases):.2f}",
                 f"{mean(case['ssim'] for case in cases):.4f}",
                 _difference(run, by_name.get(run["reference"])),
-                f"{mean(recalls):.3f}" if recalls else "",
+                _recall(cases),
             ]
         )
     return rows
+
+
+def _recall(cases):
+    """As estimated; where it was measured, in brackets, what it was and what it was sure to be."""
+
+    def average(name):
+        values = [case[name] for case in cases if case.get(name) is not None]
+        return f"{mean(values):.3f}" if values else ""
+
+    sampled, bound = average("recall_sampled"), average("recall_bound")
+    return average("recall") + (f" ({sampled}, {bound})" if sampled else "")
 
 
 def _difference(run, reference):

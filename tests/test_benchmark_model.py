@@ -208,15 +208,24 @@ def test_the_documents_table_comes_from_the_data(load, tmp_path, monkeypatch):
     # What was timed under a preset's name that has other settings by now is left out.
     record["settings"] = {"paper": {}, "fast": {"keep_ratios": [0.5]}}
     seconds = {"dense, as shipped": 900.0, "dense": 600.0, "dense, cuDNN": 500.0, "ours": 250.0}
-    whole = {"composed_s": {"paper": seconds, "fast": seconds}}
+    whole = {"composed_s": {"paper": seconds, "fast": seconds}, "whole_run_s": {"paper": 251.2}}
     data = {"hunyuan-720p": record | whole, "begun": record}
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "model.json").write_text(json.dumps(data))
     about, _, *table = docs.models().splitlines()
     assert about == "torch 2, triton 3." and len(table) == 3
-    cells = "hunyuan-720p", "129 x 720 x 1280", "50", "G", "`paper`", "250"
+    cells = "hunyuan-720p", "129 x 720 x 1280", "50", "G", "`paper`", "250", "251"
     cells += "900 (x 3.60)", "600 (x 2.40)", "500 (x 2.00)"
     assert table[2] == f"| {' | '.join(cells)} |"
+
+    faster = seconds | {"ours": 200.0}
+    h200 = record | dict(gpu="NVIDIA H200", source="maker/Video-Diffusers")
+    h200 |= dict(settings={"paper": {}, "turbo": docs.resolve_config("turbo").to_dict()})
+    data["video"] = h200 | {"composed_s": {"paper": seconds, "turbo": faster}}
+    (tmp_path / "benchmarks" / "model.json").write_text(json.dumps(data))
+    _, _, *rows = docs.speed().splitlines()
+    cells = "Video", "129 x 720 x 1280", "15.0 min", "8.3 min", "**3.3 min** (`turbo`)", "x 4.5"
+    assert rows == [f"| {' | '.join(cells)} |"]
 
 
 @pytest.mark.parametrize("model", ["hunyuan-720p", "wan-480p", "cogvideox-5b"])

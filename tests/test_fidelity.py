@@ -63,6 +63,9 @@ def test_every_unit_is_measured(measured):
             assert (case["psnr"] > 50) == exact and (case["ssim"] > 0.999) == exact
             assert (case["cost"] == 1) == exact
             assert (case["recall"] is None) == (exact or run["rival"] is not None)
+            sampled, bound = case["recall_sampled"], case["recall_bound"]
+            assert (sampled is None) == (bound is None) == (case["recall"] is None)
+            assert sampled is None or 0 < bound <= sampled < 1
     for witness in ("hunyuan_video", "cogvideox"):
         costs = {
             r["variant"]: r["cases"][0]["cost"] for r in data["runs"] if r["witness"] == witness
@@ -205,6 +208,9 @@ def test_paired_differences():
     paper, ours = fidelity_report.rows_of(runs)
     assert paper[1:] == ["0.400", "25.00", "20.00", "0.9000", "", "0.800"]
     assert ours[2:4] == ["45.00", "22.00"] and ours[5].startswith("+2.00 [+1.00, +3.00]")
+    for case in runs[0]["cases"]:
+        case |= dict(recall_sampled=0.75, recall_bound=0.1)
+    assert fidelity_report.rows_of(runs)[0][-1] == "0.800 (0.750, 0.100)"
     low, high = fidelity_report.interval([1.0, 2.0, 3.0, 4.0] * 25)
     half = 1.96 * 1.118 / 10
     assert low == pytest.approx(2.5 - half, abs=0.03) and high == pytest.approx(

@@ -139,17 +139,14 @@ class BlockMap:
 
     @cached_property
     def by_count(self) -> Tensor:
-        """`[B * H * nQ]` int32, rows of the flattened counts in the order to deal them out; cached.
+        """`[B * H * nQ]` int32, rows of the flattened counts in the order to take them; cached.
 
         Long ones first, up to a factor of two: what comes last then fills up what is uneven. Among
-        these head by head, so that keys and values stay in the cache, and again by length.
+        these as they come, so that keys and values of a head stay in the cache.
         """
-        counts = self.counts.flatten(0, 1)
-        octave = counts.clamp(min=1).float().log2().floor().long()
-        head = torch.arange(len(counts), device=counts.device)[:, None]
-        # One number that sorts by all three; counts and octaves have fewer than 2**31 and 32.
-        key = ((31 - octave) * len(counts) + head << 31) + (2**31 - 1 - counts.long())
-        return key.flatten().argsort(stable=True).int()
+        # A float's exponent is one byte to sort by: every reuse of a packed map does it anew.
+        octave = self.counts.float().view(torch.int32) >> 23
+        return octave.to(torch.uint8).flatten().argsort(descending=True, stable=True).int()
 
 
 @dataclass(frozen=True)

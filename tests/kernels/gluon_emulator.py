@@ -34,6 +34,7 @@ class Scheduler:
         self.random = random.Random(seed)
         self.current = threading.local()
         self.pending: list = []  # copies in flight
+        self.stores: list = []  # of the lone warp, which not all of its threads may have made
 
     def run(self, tasks, num_warps) -> None:
         self.turn = threading.Condition()
@@ -153,25 +154,29 @@ class Layout:
 
 
 class Shared:
-    """Shared memory: `data` is written in place."""
+    """Shared memory: `data` is written in place, by a lone warp not before its next barrier."""
 
-    def __init__(self, data):
+    def __init__(self, data, scheduler):
         self.data, self.shape, self.dtype = data, list(data.shape), data.dtype
+        self.scheduler = scheduler
 
     def index(self, i):
-        return Shared(self.data[int(i)])
+        return Shared(self.data[int(i)], self.scheduler)
 
     def slice(self, start, length):
-        return Shared(self.data[start : start + length])
+        return Shared(self.data[start : start + length], self.scheduler)
 
     def permute(self, order):
-        return Shared(self.data.permute(order))
+        return Shared(self.data.permute(order), self.scheduler)
 
     def load(self, layout):
         return value(self.data.clone())
 
     def store(self, x):
-        self.data.copy_(x)
+        if self.scheduler.current.warps > 1:
+            self.data.copy_(x)
+        else:
+            self.scheduler.stores.append((self.data, x.clone()))
 
 
 class Barriers:
@@ -241,7 +246,7 @@ class Emulator:
             mbarrier=SimpleNamespace(
                 MBarrierLayout=lambda: "barriers",
                 init=lambda barrier, count: barrier.init(count),
-                expect=lambda barrier, size: barrier.update(1, size),
+                expect=self._expect,
                 arrive=lambda barrier, count=1: barrier.update(count),
                 wait=lambda barrier, phase: self.scheduler.wait(lambda: barrier.passed(phase)),
             ),
@@ -254,6 +259,15 @@ class Emulator:
         if function is None:
             return self.jit
         return Kernel(self, function)
+
+    def _expect(self, barrier, size):
+        assert not self.scheduler.stores, "one thread announces what others may not have stored"
+        barrier.update(1, size)
+
+    def _barrier(self):
+        while self.scheduler.stores:
+            data, x = self.scheduler.stores.pop()
+            data.copy_(x)
 
     def _copy(self, source, place, barrier, slot):
         tile = source.tile(place)
@@ -302,7 +316,7 @@ class Emulator:
             return Barriers(shape[0])
         # What nobody has written is NaN, or a number that makes no sense.
         unwritten = float("nan") if dtype.is_floating_point else -(2**30)
-        return Shared(torch.full(shape, unwritten, dtype=dtype))
+        return Shared(torch.full(shape, unwritten, dtype=dtype), self.scheduler)
 
     def _specialize(self, tasks, num_warps, registers):
         self.named.clear()
@@ -336,7 +350,7 @@ class Emulator:
             SwizzledSharedLayout=Layout, DotOperandLayout=Layout, BlockedLayout=Layout,
             DistributedLinearLayout=Layout,
             program_id=lambda axis: self.program, num_programs=lambda axis: self.programs,
-            num_warps=lambda: self.scheduler.current.warps, barrier=lambda: None,
+            num_warps=lambda: self.scheduler.current.warps, barrier=self._barrier,
             allocate_shared_memory=self._allocate, warp_specialize=self._specialize,
             inline_asm_elementwise=self._assemble, load=self._load, store=self._store,
             atomic_add=self._add,

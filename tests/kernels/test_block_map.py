@@ -62,16 +62,16 @@ def test_full():
     assert block_map.to_mask().shape == (2, 3, 4, 5)
 
 
-def test_rows_are_dealt_long_ones_first_and_head_by_head():
+def test_long_rows_are_taken_first_and_else_as_they_come():
     counts = [[1, 9, 15, 2], [3, 8, 0, 16]]
     mask = torch.arange(16) < torch.tensor(counts)[None, ..., None]
     block_map = BlockMap.from_mask(mask, query_block=128, key_block=128)
-    # From 16 on, then 8 to 15 of each head, then 2 and 3, then 0 and 1.
-    assert block_map.by_count.tolist() == [7, 2, 1, 5, 3, 4, 0, 6]
+    # From 16 on, then 8 to 15, then 2 and 3, then 1, then none.
+    assert block_map.by_count.tolist() == [7, 1, 2, 5, 3, 4, 0, 6]
     assert block_map.by_count.dtype == torch.int32
 
 
-def test_rows_of_even_maps_are_dealt_as_they_come():
+def test_rows_of_even_maps_are_taken_as_they_come():
     block_map = BlockMap.full(2, 3, 5, 7, query_block=128, key_block=128, device="cpu")
     assert block_map.by_count.tolist() == list(range(30))
 

@@ -4,7 +4,9 @@ Layouts, registers and the copy engine's own rules are for the GPU to show.
 """
 
 import threading
+from collections import Counter
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -61,6 +63,22 @@ def test_rings_of_any_depth(backend, monkeypatch, num_stages, change):
     p = change(problem(dtype=torch.float16, num_queries=650, density=0.4))
     p.mask[:, 0, 1] = False
     check(p, "gluon_hopper")
+
+
+@pytest.mark.parametrize("heads, num_queries", [(3, 900), (1, 200)])
+def test_every_row_is_taken_once(backend, monkeypatch, heads, num_queries):
+    """By one program, for each of its warpgroups; also where there are fewer rows than programs."""
+    taken, write = [], backend.rings.write_notes
+
+    def note(ring, i, numbers):
+        taken.append(tuple(map(int, numbers[:3])))
+        write(ring, i, numbers)
+
+    monkeypatch.setattr(backend.rings, "write_notes", note)
+    p = problem(dtype=torch.float16, num_queries=num_queries, heads=heads, density=0.3)
+    check(p, "gluon_hopper")
+    rows = product(range(2), range(heads), range(-(-num_queries // 128)))
+    assert Counter(taken) == dict.fromkeys(rows, 2)
 
 
 @pytest.fixture
@@ -177,6 +195,12 @@ def test_the_emulator_sees_a_slot_given_back_too_early(backend, monkeypatch):
     p = problem(dtype=torch.float16, num_queries=900, head_dim=128, density=0.9)
     with pytest.raises(AssertionError):
         check(p, "gluon_hopper")
+
+
+def test_the_emulator_sees_notes_that_are_not_there_yet(backend, monkeypatch):
+    monkeypatch.setattr(backend.rings, "_barrier", lambda: None)
+    with pytest.raises(AssertionError, match="others may not have stored"):
+        check(problem(dtype=torch.float16, num_queries=200), "gluon_hopper")
 
 
 def test_the_emulator_sees_a_deadlock(backend, monkeypatch):

@@ -1,4 +1,4 @@
-"""The Gluon kernel: it fits sm90, every way to launch it is right, and it says what it cannot."""
+"""The Gluon kernel: it fits sm90, is right on a GPU, and says what it cannot."""
 
 import json
 
@@ -136,14 +136,15 @@ def test_the_check_of_machine_code_sees_an_unset_descriptor():
 
 
 def test_fits_the_gpu():
-    """Compiled here for sm90: shared memory within its limit, no spills in the loop of blocks."""
+    """Compiled here for sm90: shared memory within its limit, next to no spills, no waits."""
     builds = built_by(__file__)
     assert len(builds) == len(BUILDS)
-    for (head_dim, key_block, *_), build in zip(BUILDS, builds):
+    for (head_dim, key_block, _, everything, pool), build in zip(BUILDS, builds):
         assert build["shared"] <= SHARED_MEMORY[90], build
         # What the kernel computes once: offsets for rows, for pools and for clearing padding.
-        allowed = 48 if head_dim == key_block == 128 else 0
+        allowed = (0, 8, 40)[everything + bool(pool)] if head_dim == key_block == 128 else 0
         assert build["spilled"] <= allowed, build
+        assert not build["serialized"], build
         # Else the request for more registers was dropped in silence.
         assert {40, 232} <= set(build["budgets"]), build
         assert build["undefined"] == [], build

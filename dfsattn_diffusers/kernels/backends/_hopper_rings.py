@@ -97,7 +97,7 @@ def slot(ring, i):
 
 @gluon.jit
 def release(ring, i):
-    """This warpgroup is done with the i-th tile."""
+    """This warpgroup is done with the i-th tile and its notes: triton has it meet before."""
     mbarrier.arrive(_slot(ring[2], i), count=1)
 
 
@@ -129,6 +129,7 @@ def write_notes(ring, i, numbers):
 @gluon.jit
 def read_note(ring, i, PLACE: gl.constexpr):
     """One of the numbers that go with the i-th tile, once it has arrived."""
+    # A sum of one makes a scalar of it.
     ANY: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     return gl.sum(_note(ring, i, PLACE).load(ANY), 0)
 

@@ -77,7 +77,8 @@ def produce(q_source, k_source, v_source, q_ring, k_ring, v_ring, rows, next_row
             pool_keys=None, pool_values=None, POOL: gl.constexpr = 0):
     """The loading warp: each row's queries, then keys one tile ahead of values, then pools.
 
-    Programs take row after row from `rows`: where `next_row` is, one number for all of them.
+    The first rows go by program, of which there are no more than rows; `next_row`, 0 at the launch,
+    counts those that were claimed after them.
     `TRANSPOSED`: values have a column for each key. `POOL`: keys of a pool, 0 without a tail.
     """
     ROWS: gl.constexpr = q_ring[0].shape[1]

@@ -29,9 +29,9 @@ def fetch_pools(k_ring, v_ring, i_tile, i_end, keys, values, i_b, i_h):
 
 
 @gluon.jit
-def row_at(bits, bias, i_bh, i_q, NUM_ROWS, NUM_BLOCKS, BLOCK: gl.constexpr, POOL: gl.constexpr):
+def row_at(bits, bias, i_bh, i_q, NUM_ROWS, NUM_BLOCKS, KEYS: gl.constexpr, POOL: gl.constexpr):
     """Where a row's bits are, its head's bias of each pool, key blocks, and pools of each."""
-    PER_BLOCK: gl.constexpr = BLOCK // POOL
+    PER_BLOCK: gl.constexpr = KEYS // POOL
     p_bits = bits + (i_bh * NUM_ROWS + i_q).to(gl.int64) * ((NUM_BLOCKS + 7) // 8)
     return p_bits, bias + i_bh.to(gl.int64) * NUM_BLOCKS * PER_BLOCK, NUM_BLOCKS, PER_BLOCK
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..quantize import Quantized, quantize
+from ..quantize import quantize
 from . import AttentionCall
 from . import _hopper_rings as rings
 from ._hopper_bytes import as_operand, in_fours, pack, parts_layout
@@ -234,7 +234,7 @@ def block_sparse_kernel(
     D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
 ):
-    """Query blocks of all heads, as `rows` deals them to the programs."""
+    """Query blocks of all heads, which programs take from `rows` one by one."""
     q_ring = make_row_ring(q.dtype, ROWS, D)
     k_ring = rings.make_ring(q.dtype, STAGES, KEYS, D, 2)
     v_ring = rings.make_ring(q.dtype, STAGES, D, KEYS, 2)
@@ -276,22 +276,12 @@ def why_not(call: AttentionCall) -> str | None:
 
 def forward(call: AttentionCall) -> None:
     """Quantise, then fill `call.out` and `call.lse`."""
-    head_dim, key_block = call.q.shape[-1], call.block_map.key_block
-    launch(call, quantize_for(call), NUM_STAGES[head_dim, key_block])
-
-
-def quantize_for(call: AttentionCall) -> Quantized:
-    """What the kernel reads."""
-    return quantize(
-        call.q, call.k, call.v, query_block=call.block_map.query_block,
-        key_block=call.block_map.key_block, key_lengths=call.key_lengths, interleaved=True,
-    )
-
-
-def launch(call: AttentionCall, x: Quantized, num_stages: int) -> None:
-    """Run the kernel on what `quantize_for` made; benchmarks pass stages of their own."""
     block_map, key_lengths = call.block_map, call.key_lengths
     order, order_stride = call.order_and_stride()
+    x = quantize(
+        call.q, call.k, call.v, query_block=block_map.query_block, key_block=block_map.key_block,
+        key_lengths=key_lengths, interleaved=True,
+    )
     batch, heads, num_queries, head_dim = call.q.shape
     num_rows, key_block = block_map.counts.shape[-1], block_map.key_block
     num_work = batch * heads * num_rows
@@ -307,9 +297,9 @@ def launch(call: AttentionCall, x: Quantized, num_stages: int) -> None:
             order, order_stride, call.scale, *call.out.stride()[:3],
             heads, num_queries, call.k.shape[2], num_work, num_rows, block_map.num_key_blocks,
             block_map.indices.shape[-1], call.full_key_blocks,
-            D=head_dim, ROWS=QUERY_BLOCK // 2, KEYS=key_block, STAGES=num_stages,
-            HAS_LENGTHS=key_lengths is not None, ORDERED=order is not None,
-            WITH_LSE=call.lse is not None,
+            D=head_dim, ROWS=QUERY_BLOCK // 2, KEYS=key_block,
+            STAGES=NUM_STAGES[head_dim, key_block], HAS_LENGTHS=key_lengths is not None,
+            ORDERED=order is not None, WITH_LSE=call.lse is not None,
             # 12 warps with the other partitions': 65536 / 384 registers, in multiples of 8.
             num_warps=4, maxnreg=168, enable_fp_fusion=True,
         )

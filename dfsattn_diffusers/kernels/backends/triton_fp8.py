@@ -196,7 +196,7 @@ def why_not(call: AttentionCall) -> str | None:
 
 
 def rank(call: AttentionCall) -> int | None:
-    """The only one of its precision."""
+    """Of its precision, the one for every GPU that has it."""
     return 1 if call.q.is_cuda else None
 
 

@@ -99,7 +99,7 @@ class Record:
         """Add one sample."""
         self.check_time()
         self.data["ms"].setdefault(key, []).append(milliseconds(function, 1, warmup=0))
-        self.save()
+        self.save(date=about()["date"])
 
     @contextmanager
     def peak_memory(self, key):

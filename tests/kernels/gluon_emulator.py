@@ -112,14 +112,14 @@ class Barrier:
 
 
 class NamedBarrier:
-    """`bar.sync` and `bar.arrive` of 128 threads each, as many as fill it."""
+    """`bar.sync` of 128 threads each, two of which fill it."""
 
-    def __init__(self, parties):
-        self.parties, self.arrived, self.generation = parties, 0, 0
+    def __init__(self):
+        self.arrived, self.generation = 0, 0
 
     def arrive(self):
         self.arrived += 1
-        if self.arrived == self.parties:
+        if self.arrived == 2:
             self.arrived, self.generation = 0, self.generation + 1
 
 
@@ -303,13 +303,12 @@ class Emulator:
             assert (registers == registers[..., :1]).all()
             codes = registers[..., 0].contiguous()
             return value(codes.view(dtype))
-        kind, number, threads = re.match(r"bar\.(\w+) (\d+), (\d+);", text).groups()
+        (number,) = re.match(r"bar\.sync (\d+), 256;", text).groups()
         assert self.scheduler.current.warps == 4
-        barrier = self.named.setdefault(int(number), NamedBarrier(int(threads) // 128))
+        barrier = self.named.setdefault(int(number), NamedBarrier())
         generation = barrier.generation
         barrier.arrive()
-        if kind == "sync":
-            self.scheduler.wait(lambda: barrier.generation != generation)
+        self.scheduler.wait(lambda: barrier.generation != generation)
 
     def _allocate(self, dtype, shape, layout):
         if layout == "barriers":

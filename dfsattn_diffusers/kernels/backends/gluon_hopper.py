@@ -12,20 +12,12 @@ from . import _hopper_rings as rings
 from . import _hopper_tail as tails
 from ._hopper_attend import attend
 from ._hopper_rings import TensorDescriptor, gl, gluon
-from ._hopper_rows import (
-    COUNTS,
-    listed_blocks,
-    make_row_ring,
-    produce,
-    receive_row,
-    store_rows,
-)
+from ._hopper_rows import COUNTS, listed_blocks, make_row_ring, produce, receive_row, store_rows
 
 NAME = "gluon_hopper"
 
 QUERY_BLOCK = 128
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-
 
 # Slots of the rings of key and of value blocks, by head dim and key block.
 NUM_STAGES = {(128, 128): 2, (128, 64): 3, (64, 128): 5, (64, 64): 8}
@@ -33,9 +25,8 @@ NUM_STAGES = {(128, 128): 2, (128, 64): 3, (64, 128): 5, (64, 64): 8}
 
 @gluon.jit
 def _consume(
-    q_ring, k_ring, v_ring, out, lse, indices, key_lengths, output_order,
-    order_stride, bits, bias, scale_log2, stride_ob, stride_oh, stride_on,
-    H, N_Q, N_K, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
+    q_ring, k_ring, v_ring, out, lse, indices, key_lengths, output_order, order_stride, bits, bias,
+    scale_log2, stride_ob, stride_oh, stride_on, H, N_Q, N_K, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
     HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
     POOL: gl.constexpr, W: gl.constexpr,
 ):

@@ -35,9 +35,9 @@ _MEET = gl.constexpr("bar.sync 5, 256; mov.b32 $0, $1;")
 
 
 @gluon.constexpr_function
-def sixteen_bytes(head_dim, num_warps):
-    """A layout of rows in 16 bits in which a thread reads or writes 16 bytes at a time."""
-    return gl.BlockedLayout([1, 8], [256 // head_dim, head_dim // 8], [num_warps, 1], [1, 0])
+def sixteen_bytes(head_dim, num_warps, rows=1):
+    """A layout of rows in 16 bits: a thread has 16 bytes of each of `rows` rows, side by side."""
+    return gl.BlockedLayout([rows, 8], [256 // head_dim, head_dim // 8], [num_warps, 1], [1, 0])
 
 
 @gluon.jit

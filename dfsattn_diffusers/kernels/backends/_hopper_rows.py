@@ -184,7 +184,9 @@ def store_rows(
     OUT: gl.constexpr = b_out.type.layout
     ROWS: gl.constexpr = b_out.shape[0]
     D: gl.constexpr = b_out.shape[1]
-    WIDE: gl.constexpr = rings.sixteen_bytes(D, gl.num_warps())
+    # At head dim 64 each warp stores the rows that it computed, 4 % faster. At 128 that takes 16 KB
+    # more of shared memory and is 2 % slower.
+    WIDE: gl.constexpr = rings.sixteen_bytes(D, gl.num_warps(), 4 if D == 64 else 1)
     # [ROWS]
     o_q = i_first + gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
     m_q = o_q < N_Q

@@ -125,15 +125,13 @@ def sample(run, preset, config, steps, record):
                     record.time(keys[kind], lambda step=step: run.step(step))
 
 
-def measure(run, configs, steps, record):
+def sample_dense(run, record):
     for name in filter(record.lacks, baselines_of(run)):
         with baseline(run, name), record.peak_memory(name):
             record.check_time()
             run.step(0)
             while record.lacks(name):
                 record.time(name, lambda: run.step(0))
-    for preset, config in configs.items():
-        sample(run, preset, config, steps, record)
 
 
 def composed(run, preset, config, steps, record):
@@ -198,9 +196,10 @@ def benchmark(model, name, args):
     if args.profile:
         profile(run, next(iter(configs.values())), args.steps)
         return
-    measure(run, configs, args.steps, record)
-    runs = record.data.get("composed_s", {})
+    sample_dense(run, record)
     for preset, config in configs.items():
+        sample(run, preset, config, args.steps, record)
+        runs = record.data.get("composed_s", {})
         runs[preset] = composed(run, preset, config, args.steps, record)
         record.save(composed_s=runs)
         print_row(name, preset, runs[preset])

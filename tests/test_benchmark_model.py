@@ -94,7 +94,8 @@ def test_every_sample_is_of_the_kind_it_says(tiny, load, tmp_path, monkeypatch):
     monkeypatch.setattr(tools.Record, "time", checked)
     record = tools.Record(tmp_path / "model.json", "model", math.inf, iterations=2)
     config = resolve_config("paper", **benchmark.TINY_CHANGES)
-    benchmark.measure(tiny, {"paper": config}, STEPS, record)
+    benchmark.sample_dense(tiny, record)
+    benchmark.sample(tiny, "paper", config, STEPS, record)
     kinds = {f"paper {kind}" for kind in benchmark.plan(config, STEPS) if kind != "dense"}
     assert set(record.data["ms"]) == kinds | {"ours dense", *benchmark.baselines_of(tiny)}
 
@@ -199,6 +200,21 @@ def test_the_whole_script_goes_on_where_time_was_up(load, tmp_path, capsys):
     ours = 2 * ms["ours dense"] + sum(v for key, v in ms.items() if key.startswith("paper"))
     wanted = {"dense": STEPS * ms["dense"] / 1000, "ours": ours / 1000}
     assert second["composed_s"]["paper"] == pytest.approx(wanted)
+
+
+def test_a_preset_is_added_up_though_time_is_up_for_the_next(load, tmp_path, monkeypatch):
+    benchmark, output = load("benchmark_model"), tmp_path / "model.json"
+    sample = benchmark.sample
+
+    def cut(run, preset, *arguments):
+        if preset == "fast":
+            raise benchmark.OutOfTime
+        sample(run, preset, *arguments)
+
+    monkeypatch.setattr(benchmark, "sample", cut)
+    arguments = ["--tiny", "--models=wan-480p", f"--steps={STEPS}", f"--output={output}"]
+    benchmark.main([*arguments, "--presets", "paper", "fast", "--iters=1"])
+    assert set(json.loads(output.read_text())["wan-480p"]["composed_s"]) == {"paper"}
 
 
 def test_the_documents_table_comes_from_the_data(load, tmp_path, monkeypatch):

@@ -98,6 +98,9 @@ TRIALS = {
             BASELINES,
         ).items()
     },
+    **_of_presets(
+        "boxes by halving", partial(ideas.other_hilbert, curve=ideas.halved), BASELINES
+    ),
     **_of_presets("1 curve", **_curves()),
     **_of_presets("2 curves", **_curves("hilbert2d")),
     **_of_presets("3 curves", **_curves("hilbert_fw", "hilbert_fh")),

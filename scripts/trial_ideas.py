@@ -21,6 +21,7 @@ from dfsattn_diffusers.state import DFSAttnState
 LEAST, MOST = 0.5, 2.0  # of what a group kept before, about
 NOISE = 0.01  # part of the greatest need that every group has
 GOLDEN = 0.618  # multiples of it lie evenly
+BLOCK = 128  # tokens
 
 
 @contextmanager
@@ -263,6 +264,28 @@ def squeezed(f, h, w, grid):
     places = [max(4, 4 * round(size / 4)) for size in grid]
     index = curves._hilbert_index([x * n // s for x, n, s in zip((f, h, w), places, grid)])
     return index * len(f) + curves._raster(f, h, w, grid)
+
+
+def halved(f, h, w, grid):
+    """No curve: boxes, halved across their longest side, at whole blocks, down to one token."""
+    axes, order, sizes = torch.stack([f, h, w]), torch.arange(f.numel()), torch.tensor([f.numel()])
+    while sizes.max() > 1:
+        box = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        x = axes[:, order]
+        low, high = (
+            x.new_full((3, len(sizes)), start).scatter_reduce(1, box.expand_as(x), x, how)
+            for how, start in (("amin", max(grid)), ("amax", 0))
+        )
+        key = box
+        for axis in torch.argsort(low - high, dim=0, stable=True):  # the longest first
+            key = key * max(grid) + x.gather(0, axis[box][None])[0]
+        order = order[key.argsort()]
+        blocks = -(-sizes // BLOCK)
+        power = 2 ** torch.log2((sizes - 1).clamp(min=1)).floor().long()
+        first = torch.where(sizes > BLOCK, (blocks + 1) // 2 * BLOCK, power)
+        sizes = torch.stack([first, sizes - first], 1).flatten()
+        sizes = sizes[sizes > 0]
+    return curves.inverse_order(order)
 
 
 def unchanged(probe):

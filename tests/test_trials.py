@@ -210,7 +210,8 @@ def test_last_refresh_at_the_end(wan, plain):
 
 
 @pytest.mark.parametrize(
-    "curve", [ideas.width_first, ideas.height_first, ideas.stretched, ideas.squeezed]
+    "curve",
+    [ideas.width_first, ideas.height_first, ideas.stretched, ideas.squeezed, ideas.halved],
 )
 def test_other_curves(curve):
     grid = (5, 6, 10)
@@ -232,6 +233,20 @@ def test_a_squeezed_curve_leaves_no_frame_alone():
     assert 1 in frames_of_blocks()
     with ideas.other_hilbert(None, ideas.squeezed):
         assert 1 not in frames_of_blocks()
+
+
+def test_halved_boxes_are_compact():
+    """No block and no tile is long, where Hilbert's curve leaves a cube's cut side and returns."""
+    grid = (13, 30, 45)
+    place = torch.stack(curves._coordinates(grid), 1)
+
+    def longest(size):
+        parts = place[curves.visiting_order("hilbert3d", grid)].split(size)
+        return max(int((part.amax(0) - part.amin(0)).max()) + 1 for part in parts)
+
+    assert longest(128) > 20
+    with ideas.other_hilbert(None, ideas.halved):
+        assert longest(128) <= 9 and longest(16) <= 5
 
 
 def test_staggered(wan, plain, probe):

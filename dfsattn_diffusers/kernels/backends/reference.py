@@ -60,10 +60,8 @@ def forward(call: AttentionCall) -> None:
         rows = order[start : start + max(1, chunk // per_row)]
         blocks = _kept_blocks(counts[rows], indices[rows], num_blocks, width)
         blocks = blocks + rows[:, None] // num_rows * (num_blocks + 1)
-        mask = _real_keys(lengths[blocks], block_map.key_block).flatten(1)[:, None]
         logits = q[rows] @ _gather(k, blocks).transpose(1, 2)
-        if q.device.type != "cpu" or not mask.all():
-            logits.masked_fill_(~mask, float("-inf"))
+        _hide_padding(logits, lengths[blocks], block_map.key_block)
         peak = logits.amax(-1, keepdim=True)
         peak.masked_fill_(peak == float("-inf"), 0)
         # In place: a second matrix of weights would not fit the cache beside the first.
@@ -78,6 +76,15 @@ def forward(call: AttentionCall) -> None:
     store(out.to(call.out.dtype), call.output_order, call.out)
     if lse is not None:
         call.lse.copy_(lse.unflatten(0, (batch, heads, -1)).flatten(2)[:, :, :num_queries])
+
+
+def _hide_padding(logits: Tensor, lengths: Tensor, size: int) -> None:
+    """Make `[R, Q, width * size]` logits -inf behind the `[R, width]` lengths of their blocks."""
+    whole = 0
+    if logits.device.type == "cpu":  # blocks that all rows have, and whole, need no mask
+        whole = int((lengths == size).all(0).cumprod(0).sum())
+    mask = ~_real_keys(lengths[:, whole:], size).flatten(1)[:, None]
+    logits[..., whole * size :].masked_fill_(mask, float("-inf"))
 
 
 def _gather(x: Tensor, blocks: Tensor) -> Tensor:

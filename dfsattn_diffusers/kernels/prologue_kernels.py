@@ -16,7 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .prologue import Norm, Prepared, Rotary, Stream
-from .prologue_steps import each_value, load_heads, load_shared, norm_and_rotate, store_heads
+from .prologue_steps import (
+    each_value,
+    load_heads,
+    load_shared,
+    norm_and_rotate,
+    round_pairs,
+    store_heads,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ def _prepare(
     stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh, stride_on, stride_lengths,
     P, T, ROWS, N, FIRST_ROW, ROTATED, NORM: tl.constexpr, STEP: tl.constexpr,
     INTERLEAVED: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, LOADS: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, LOADS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """`SLOTS` slots of one of q, k, v, all heads."""
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -137,8 +144,11 @@ def _prepare(
             b_first, b_second = loaded[i_load]
             b_first, b_second = norm_and_rotate(
                 b_first, b_second, b_scale, w_first, w_second, bias_first, bias_second, b_cos,
-                b_sin, m_real, eps, NORM, STEP, D, DTYPE,
+                b_sin, m_real, eps, NORM, STEP, D, DTYPE, PACKED,
             )  # fmt: skip
+            if tiles is not None:
+                # Else stores do it.
+                b_first, b_second = round_pairs(b_first, b_second, DTYPE, PACKED)
             if out is not None:
                 o_out = placed[i_load]
                 if slots is not None:
@@ -171,6 +181,7 @@ def prologue_kernel(
     P, T, ROWS, N, FIRST_ROW, ROTATED, NORM: tl.constexpr, STEP: tl.constexpr,
     INTERLEAVED: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, LOADS: tl.constexpr, PARTS: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """q, k, v of the same slots are neighbours, so that their rotary tables come from L2."""
     i_tile, i_part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
@@ -179,14 +190,14 @@ def prologue_kernel(
             q, q2, q_weight, q_weight2, q_bias, q_bias2, q_out, q_tiles, source, slots, lengths,
             cos, sin, eps, i_tile, stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh,
             stride_on, stride_lengths, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM, STEP,
-            INTERLEAVED, H, D, SLOTS, TOKENS, HEADS, LOADS,
+            INTERLEAVED, H, D, SLOTS, TOKENS, HEADS, LOADS, PACKED,
         )  # fmt: skip
     elif i_part == 1:
         _prepare(
             k, k2, k_weight, k_weight2, k_bias, k_bias2, k_out, k_tiles, source, slots, lengths,
             cos, sin, eps, i_tile, stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh,
             stride_on, stride_lengths, P, T, ROWS, N, FIRST_ROW, ROTATED, NORM, STEP,
-            INTERLEAVED, H, D, SLOTS, TOKENS, HEADS, LOADS,
+            INTERLEAVED, H, D, SLOTS, TOKENS, HEADS, LOADS, PACKED,
         )  # fmt: skip
     else:
         if v_out is not None:  # without it there is no such part, yet it would be compiled
@@ -194,7 +205,7 @@ def prologue_kernel(
                 v, v2, None, None, None, None, v_out, None, source, slots, None, None, None, eps,
                 i_tile, stride_b, stride_n, stride_b2, stride_n2, stride_ob, stride_oh, stride_on,
                 stride_lengths, P, T, ROWS, N, FIRST_ROW, ROTATED, None, STEP, True, H, D, SLOTS,
-                TOKENS, HEADS, LOADS,
+                TOKENS, HEADS, LOADS, PACKED,
             )  # fmt: skip
 
 
@@ -296,10 +307,16 @@ def _launch(
             first_row, rotated, NORM=None if norm is None else norm.kind, STEP=step,
             INTERLEAVED=rotary is None or rotary.interleaved, H=heads, D=head_dim,
             SLOTS=size, TOKENS=tokens, HEADS=group, LOADS=loads, PARTS=parts,
-            num_warps=settings.num_warps,
+            PACKED=_knows_pairs(first.q.device), num_warps=settings.num_warps,
             enable_fp_fusion=False,  # stock code rounds every product
         )  # fmt: skip
     return tiles
+
+
+def _knows_pairs(device: torch.device) -> bool:
+    """Whether it is an NVIDIA GPU with an instruction that rounds two numbers to bfloat16."""
+    cuda = device.type == "cuda" and torch.version.hip is None
+    return cuda and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _slot_count(streams: Sequence[Stream], source: Tensor | None) -> int:

@@ -55,11 +55,11 @@ def make_ring(DTYPE: gl.constexpr, SLOTS: gl.constexpr, ROWS: gl.constexpr, D: g
 
 
 @gluon.jit
-def with_notes(ring, NOTES: gl.constexpr):
-    """The ring, with room for numbers that go with each tile."""
+def with_notes(ring):
+    """The ring, with room for 32 numbers that go with each tile."""
     SLOTS: gl.constexpr = ring[0].shape[0]
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    notes = gl.allocate_shared_memory(gl.int32, [SLOTS * NOTES, 1], FLAT)
+    notes = gl.allocate_shared_memory(gl.int32, [SLOTS, 32], FLAT)
     return ring[0], ring[1], ring[2], notes
 
 
@@ -110,19 +110,16 @@ def fetch(ring, i, source, i_b, i_h, i_row, i_column):
 
 
 @gluon.jit
-def _note(ring, i, PLACE: gl.constexpr):
-    SLOTS: gl.constexpr = ring[0].shape[0]
-    return ring[3].index((i % SLOTS) * (ring[3].shape[0] // SLOTS) + PLACE)
-
-
-@gluon.jit
 def write_notes(ring, i, numbers):
     """Numbers that go with the i-th tile, once all are done with its slot; `fetch` sends them."""
-    ANY: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    _wait(ring[2], i, 1)
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    o_place = gl.arange(0, 32, LANES)
+    b_notes = gl.full([32], 0, gl.int32, LANES)
     for PLACE in gl.static_range(len(numbers)):
-        _note(ring, i, PLACE).store(gl.full([1], numbers[PLACE], gl.int32, ANY))
-    # Every thread has stored them, and one of them announces the tile.
+        b_notes = gl.where(o_place == PLACE, numbers[PLACE], b_notes)
+    _wait(ring[2], i, 1)
+    _slot(ring[3], i).store(b_notes)
+    # Every lane has stored its number, and one of them announces the tile.
     _barrier()
 
 
@@ -131,7 +128,7 @@ def read_note(ring, i, PLACE: gl.constexpr):
     """One of the numbers that go with the i-th tile, once it has arrived."""
     # A sum of one makes a scalar of it.
     ANY: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    return gl.sum(_note(ring, i, PLACE).load(ANY), 0)
+    return gl.sum(_slot(ring[3], i).slice(PLACE, 1).load(ANY), 0)
 
 
 @gluon.jit

@@ -35,7 +35,7 @@ def listed_blocks(i_row, i_count, indices, NUM_BLOCKS, MAX_COUNT):
 @gluon.jit
 def make_row_ring(DTYPE: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr):
     """For queries: a tile for each warpgroup and what `receive_row` tells, of two rows."""
-    return rings.with_notes(rings.make_ring(DTYPE, 4, ROWS, D, 1), 6)
+    return rings.with_notes(rings.make_ring(DTYPE, 4, ROWS, D, 1))
 
 
 @gluon.jit

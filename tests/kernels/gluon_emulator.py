@@ -55,6 +55,7 @@ class Scheduler:
 
     def _task(self, i, function, arguments, warps):
         self.current.id, self.current.warps, self.current.products = i, warps, deque()
+        self.current.fenced = True
         try:
             with self.turn:
                 self._await_turn()
@@ -175,6 +176,7 @@ class Shared:
     def store(self, x):
         if self.scheduler.current.warps > 1:
             self.data.copy_(x)
+            self.scheduler.current.fenced = False
         else:
             self.scheduler.stores.append((self.data, x.clone()))
 
@@ -209,6 +211,7 @@ class Product:
 
     def finish(self):
         a, b, out, use_out = self.operands
+        out = out.result if isinstance(out, Product) else out
         a, b = (x.data if isinstance(x, Shared) else x for x in (a, b))
         product = a.float() @ b.float()
         self.result = value(out + product if use_out else product)
@@ -242,7 +245,7 @@ class Emulator:
         self.program = self.programs = 0
         self.language = self._language()
         self.hopper = SimpleNamespace(
-            fence_async_shared=lambda: None,
+            fence_async_shared=self._fence,
             mbarrier=SimpleNamespace(
                 MBarrierLayout=lambda: "barriers",
                 init=lambda barrier, count: barrier.init(count),
@@ -259,6 +262,9 @@ class Emulator:
         if function is None:
             return self.jit
         return Kernel(self, function)
+
+    def _fence(self):
+        self.scheduler.current.fenced = True
 
     def _expect(self, barrier, size):
         assert not self.scheduler.stores, "one thread announces what others may not have stored"
@@ -280,6 +286,7 @@ class Emulator:
 
     def _multiply(self, a, b, out, *, use_acc=True, is_async=False):
         assert is_async
+        assert self.scheduler.current.fenced, "tensor cores read what stores may not have reached"
         product = Product(a, b, out, use_acc)
         self.scheduler.current.products.append(product)
         return product

@@ -142,7 +142,7 @@ def test_fits_the_gpu():
     for (head_dim, key_block, _, everything, pool), build in zip(BUILDS, builds):
         assert build["shared"] <= SHARED_MEMORY[90], build
         # What the kernel computes once: offsets for rows, for pools and for clearing padding.
-        allowed = (0, 8, 40)[everything + bool(pool)] if head_dim == key_block == 128 else 0
+        allowed = (0, 40, 64)[everything + bool(pool)] if head_dim == key_block == 128 else 0
         assert build["spilled"] <= allowed, build
         assert not build["serialized"], build
         # Else the request for more registers was dropped in silence.

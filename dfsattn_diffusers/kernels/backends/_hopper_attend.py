@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from . import _hopper_rings as rings
+from . import _hopper_tail as tails
 from ._hopper_rings import gl, gluon, warpgroup_mma, warpgroup_mma_wait
-from ._hopper_rows import add_bias, bias_of, clear_padding, multiply_keys
+from ._hopper_rows import clear_padding, hide_padding, multiply_keys
 
 
 @gluon.jit
@@ -34,19 +35,30 @@ def attend(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_first, i_end, row
     Args:
         i_tile: The row's first tile in the rings.
         W: Which of the two warpgroups this is. What one waits for, the other's work hides.
-        WHOLE: These are of whole key blocks; others have a bias.
+        row: Its tiles, those of key blocks, and of whole ones among these; the blocks, how many of
+            them are listed, all keys, the blocks' lengths or None; and its pools or None.
+        WHOLE: These are of whole key blocks. Others are hidden in part, or pools with a bias.
     """
+    ROWS: gl.constexpr = b_q.shape[0]
     LOGITS: gl.constexpr = b_max.type.layout.parent
     OUT: gl.constexpr = b_out.type.layout
     DTYPE: gl.constexpr = b_q.dtype
-    KEYS: gl.constexpr = k_ring[0].shape[1]
+    POOLS: gl.constexpr = not WHOLE and row[7] is not None
     i = i_tile + i_first
+    if POOLS:
+        tails.put_bias(tails.load_bias(i_first, row, scale_log2), row)
     b_s = multiply_keys(b_q, rings.receive(k_ring, i), LOGITS)
+    if POOLS:
+        b_s = tails.add_bias(b_s, row, ROWS, LOGITS)
+        # In flight while the products run.
+        b_bias = tails.load_bias(i_first + 1, row, scale_log2)
     # [ROWS, KEYS]
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     rings.release(k_ring, i)
     if not WHOLE:
-        b_s = add_bias(b_s, bias_of(i_first, row, KEYS, scale_log2))
+        b_s = hide_padding(b_s, i_first, row)
+    if POOLS:
+        tails.put_bias(b_bias, row)
     b_p, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, not WHOLE)
     b_p = _as_operand(b_p, DTYPE, OUT)
     if not WHOLE:
@@ -57,15 +69,18 @@ def attend(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_first, i_end, row
         if not WHOLE and CLEAR:
             clear_padding(v_ring, i - 1, i - 1 - i_tile, row, W)
         b_s = multiply_keys(b_q, rings.receive(k_ring, i), LOGITS)
+        if POOLS:
+            b_s = tails.add_bias(b_s, row, ROWS, LOGITS)
         b_out = warpgroup_mma(b_p, rings.receive(v_ring, i - 1), b_out, is_async=True)
-        if not WHOLE:
-            # In flight while the products run.
-            b_bias = bias_of(i - i_tile, row, KEYS, scale_log2)
+        if POOLS:
+            b_bias = tails.load_bias(i - i_tile + 1, row, scale_log2)
         # [ROWS, KEYS]
         b_s = warpgroup_mma_wait(1, deps=[b_s])
         rings.release(k_ring, i)
         if not WHOLE:
-            b_s = add_bias(b_s, b_bias)
+            b_s = hide_padding(b_s, i - i_tile, row)
+        if POOLS:
+            tails.put_bias(b_bias, row)
         b_next, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, not WHOLE)
         b_next = _as_operand(b_next, DTYPE, OUT)
         # [ROWS, D]

@@ -123,7 +123,7 @@ def produce(q_source, k_source, v_source, q_ring, k_ring, v_ring, rows, next_row
 
 @gluon.jit
 def real_keys(i, row, KEYS: gl.constexpr):
-    """Keys of the row's i-th block that are not padding; none or less where all are."""
+    """Keys of the i-th block that are not padding, none or less where all are; `attend` has rows."""
     p_blocks, i_listed, N_K, p_lengths = row[3], row[4], row[5], row[6]
     i_block = block_at(p_blocks, i, i_listed)
     i_keys = N_K - i_block * KEYS
@@ -133,29 +133,13 @@ def real_keys(i, row, KEYS: gl.constexpr):
 
 
 @gluon.jit
-def bias_of(i, row, KEYS: gl.constexpr, scale_log2):
-    """What the logits of the row's i-th tile get before the scale, one column in each thread.
-
-    Args:
-        row: Its tiles, those of key blocks, and of whole ones among these; the blocks, how many of
-            them are listed, all keys, the blocks' lengths or None; and its pools or None.
-    """
-    COLUMNS: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    # [KEYS]
-    o_k = gl.arange(0, KEYS, COLUMNS)
-    b_bias = gl.full([KEYS], 0.0, gl.float32, COLUMNS)
+def hide_padding(b_s, i, row):
+    """-inf for what is padding of the row's i-th block, whatever the logit is: it may be NaN."""
+    KEYS: gl.constexpr = b_s.shape[1]
     if i < row[1]:
-        b_bias = gl.where(o_k < real_keys(i, row, KEYS), b_bias, float("-inf"))
-    elif row[7] is not None:
-        b_bias = tails.bias_of(i - row[1], o_k, row[7], scale_log2)
-    return b_bias
-
-
-@gluon.jit
-def add_bias(b_s, b_bias):
-    """-inf hides whatever the logit is: padding may be NaN."""
-    b_bias = gl.convert_layout(b_bias, gl.SliceLayout(0, b_s.type.layout))[None, :]
-    return gl.where(b_bias == float("-inf"), float("-inf"), b_s + b_bias)
+        m_k = gl.arange(0, KEYS, gl.SliceLayout(0, b_s.type.layout)) < real_keys(i, row, KEYS)
+        b_s = gl.where(m_k[None, :], b_s, float("-inf"))
+    return b_s
 
 
 @gluon.jit

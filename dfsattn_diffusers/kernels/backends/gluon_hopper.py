@@ -25,9 +25,9 @@ NUM_STAGES = {(128, 128): 2, (128, 64): 3, (64, 128): 5, (64, 64): 8}
 
 @gluon.jit
 def _consume(
-    q_ring, k_ring, v_ring, out, lse, indices, key_lengths, output_order, order_stride, bits, bias,
-    scale_log2, stride_ob, stride_oh, stride_on, H, N_Q, N_K, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
-    HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
+    q_ring, k_ring, v_ring, bias_tiles, out, lse, indices, key_lengths, output_order, order_stride,
+    bits, bias, scale_log2, stride_ob, stride_oh, stride_on, H, N_Q, N_K, NUM_ROWS, NUM_BLOCKS,
+    MAX_COUNT, HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
     POOL: gl.constexpr, W: gl.constexpr,
 ):
     """Warpgroup W of two: its half of each row's queries against all that the row reads."""
@@ -48,7 +48,9 @@ def _consume(
         i_end = i_count
         if POOL > 0:
             i_end = i_count + tails.num_tiles(i_count, NUM_BLOCKS, POOL)
-            pools = tails.row_at(bits, bias, i_bh, i_q, NUM_ROWS, NUM_BLOCKS, KEYS, POOL)
+            pools = tails.row_at(
+                bits, bias, bias_tiles.index(W), i_bh, i_q, NUM_ROWS, NUM_BLOCKS, POOL
+            )
         row = (i_end, i_count, i_whole, p_blocks, i_listed, N_K, p_lengths, pools)
         # [ROWS]
         b_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
@@ -93,18 +95,19 @@ def block_sparse_kernel(
     q_ring = make_row_ring(q.dtype, ROWS, D)
     k_ring = rings.make_ring(q.dtype, STAGES, KEYS, D, 2)
     v_ring = rings.make_ring(q.dtype, STAGES, KEYS, D, 2)
+    bias_tiles = tails.make_bias_tiles(q.dtype, KEYS if POOL > 0 else 8)  # never none at all
     rings.fence_async_shared()
     gl.warp_specialize(
         [
             (_consume, (
-                q_ring, k_ring, v_ring, out, lse, indices, key_lengths, output_order, order_stride,
-                bits, bias, scale_log2, stride_ob, stride_oh, stride_on, H, N_Q, N_K, NUM_ROWS,
-                NUM_BLOCKS, MAX_COUNT, HAS_LENGTHS, ORDERED, WITH_LSE, POOL, 0,
+                q_ring, k_ring, v_ring, bias_tiles, out, lse, indices, key_lengths, output_order,
+                order_stride, bits, bias, scale_log2, stride_ob, stride_oh, stride_on, H, N_Q, N_K,
+                NUM_ROWS, NUM_BLOCKS, MAX_COUNT, HAS_LENGTHS, ORDERED, WITH_LSE, POOL, 0,
             )),
             (_consume, (
-                q_ring, k_ring, v_ring, out, lse, indices, key_lengths, output_order, order_stride,
-                bits, bias, scale_log2, stride_ob, stride_oh, stride_on, H, N_Q, N_K, NUM_ROWS,
-                NUM_BLOCKS, MAX_COUNT, HAS_LENGTHS, ORDERED, WITH_LSE, POOL, 1,
+                q_ring, k_ring, v_ring, bias_tiles, out, lse, indices, key_lengths, output_order,
+                order_stride, bits, bias, scale_log2, stride_ob, stride_oh, stride_on, H, N_Q, N_K,
+                NUM_ROWS, NUM_BLOCKS, MAX_COUNT, HAS_LENGTHS, ORDERED, WITH_LSE, POOL, 1,
             )),
             (produce, (
                 q, k, v, q_ring, k_ring, v_ring, rows, next_row, counts, indices, H, NUM_WORK,

@@ -33,6 +33,8 @@ SHAPES = {
 # Ragged and small enough to compare every row.
 GATE_SHAPE = (3, 1_000)
 DENSE = "dense cuDNN (SDPA)"
+# With pools of 64 tokens for what is not kept, as the presets have.
+POOL, TAIL = 64, ", tail of 64"
 
 
 def as_call(problem):
@@ -53,7 +55,8 @@ def sparse_kernels(extra_settings, dtype):
     def public(name):
         precision = precision_of(name)
         return lambda problem: lambda: block_sparse_attention(
-            problem.q, problem.k, problem.v, problem.block_map, backend=name, precision=precision
+            problem.q, problem.k, problem.v, problem.block_map, backend=name, precision=precision,
+            tail=problem.tail,
         )
 
     def launched(change):
@@ -72,6 +75,7 @@ def sparse_kernels(extra_settings, dtype):
         for name in list_backends()
         if name != "reference" and load_backend(name).why_not(as_call(small)) is None
     }
+    kernels |= {name + TAIL: kernel for name, kernel in kernels.items() if "fp8" not in name}
     kernels["ours: triton, pointers"] = launched(lambda table: replace(table, tma=False))
     for settings in extra_settings:
         *numbers, tma = astuple(settings)
@@ -125,9 +129,16 @@ def attempt(name, function, failed):
                 traceback.print_exc()
 
 
+def for_kernel(name, problem):
+    """The problem, with a tail where the kernel's name says so."""
+    return problem.with_tail(POOL) if name.endswith(TAIL) else problem
+
+
 def measure(name, prepare, problem, iterations):
     """What one kernel's row says of it; nothing checks the dense one."""
     dense = name == DENSE
+    kept = problem.flops()
+    problem = for_kernel(name, problem)
     function = prepare(problem)
     out, error = function(), None
     if not dense:
@@ -135,8 +146,9 @@ def measure(name, prepare, problem, iterations):
     del out
     ms = device_ms(function, iterations)
     density = 1.0 if dense else problem.mask.float().mean().item()
-    tflops = problem.flops(dense) / ms / 1e9
-    return dict(density=density, kernel=name, ms=ms, tflops=tflops, error=error)
+    flops = problem.flops(dense)
+    row = dict(density=density, kernel=name, ms=ms, tflops=flops / ms / 1e9, error=error)
+    return row if problem.tail is None else row | dict(pools=flops / kept - 1)
 
 
 def benchmark(shape, density, kind, args, rows, failed):
@@ -160,6 +172,7 @@ def gate(kernels, dtype, failed):
         rows = list(product(*map(range, problem.mask.shape[1:3])))
 
         def error_of(name, prepare, problem=problem, rows=rows):
+            problem = for_kernel(name, problem)
             return check(problem, prepare(problem)(), rows, torch.float64, fp8="fp8" in name)
 
         kernels = {

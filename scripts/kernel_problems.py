@@ -1,10 +1,11 @@
 """Random attention problems for the kernel benchmark, and when an output of theirs is right."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional as F
 
-from dfsattn_diffusers.kernels import BlockMap
+from dfsattn_diffusers.kernels import BlockMap, Tail, pool_tail
 
 BLOCK = 128
 # Of a query block, a token: 1.7 and 1.4 times the most that e4m3 did to 400,000 simulated tokens.
@@ -20,6 +21,7 @@ class Problem:
     v: torch.Tensor
     mask: torch.Tensor
     block_map: BlockMap
+    tail: Tail | None = None
 
     @classmethod
     def random(cls, heads, tokens, head_dim, density, dtype, kind="even", device="cuda"):
@@ -41,14 +43,25 @@ class Problem:
         block_map = BlockMap.from_mask(mask, query_block=BLOCK, key_block=BLOCK, max_count=count)
         return cls(*qkv, mask, block_map)
 
+    def with_tail(self, pool):
+        """The same, with pools of so many tokens for what a row does not keep."""
+        tokens, slots = self.q.shape[2], self.mask.shape[-1] * BLOCK
+        k, v = (F.pad(x, (0, 0, 0, slots - tokens)) for x in (self.k, self.v))
+        start = torch.arange(0, slots, pool, device=k.device, dtype=torch.int32)
+        lengths = (tokens - start).clamp(0, pool)[None]
+        return replace(self, tail=pool_tail(k, v, pool=pool, lengths=lengths))
+
     def flops(self, dense=False):
-        """Of the two matrix products, for the pairs that are kept."""
+        """Of the two matrix products, for the pairs that are kept and all pools."""
         heads, tokens, head_dim = self.q.shape[1:]
         if dense:
             return 4 * head_dim * heads * tokens**2
         start = torch.arange(0, tokens, BLOCK, device=self.q.device)
         lengths = (tokens - start).clamp(max=BLOCK).double()
-        return 4 * head_dim * (self.mask.double() @ lengths @ lengths).sum().item()
+        pairs = (self.mask.double() @ lengths @ lengths).sum().item()
+        if self.tail is not None:
+            pairs += heads * tokens * self.tail.keys.shape[2]
+        return 4 * head_dim * pairs
 
     def row(self, head, row, dtype):
         """One query block's output by dense attention in `dtype`."""
@@ -56,6 +69,12 @@ class Problem:
         k, v = (x[0, head].to(dtype) for x in (self.k, self.v))
         mask = self.mask[0, head, row].repeat_interleave(BLOCK)[: len(k)]
         logits = (q @ k.T * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+        if self.tail is not None:
+            keys, values = (x[0, head].to(dtype) for x in (self.tail.keys, self.tail.values))
+            kept = self.mask[0, head, row].repeat_interleave(len(keys) // self.mask.shape[-1])
+            pools = q @ keys.T * q.shape[-1] ** -0.5 + self.tail.bias[0, head].to(dtype)
+            logits = torch.cat([logits, pools.masked_fill(kept, -torch.inf)], -1)
+            v = torch.cat([v, values])
         return logits.softmax(-1) @ v
 
 

@@ -96,8 +96,36 @@ def kernels():
     return "\n\n".join(kernel_table(json.loads(path.read_text())) for path in paths)
 
 
+def tail():
+    """What pools of 64 tokens add to a kernel's time, beside what they add to its products."""
+    table = []
+    for path in sorted((ROOT / "benchmarks").glob("kernel_*.json")):
+        data = json.loads(path.read_text())
+        alone = {}
+        for row in data["rows"]:
+            problem = row["shape"], row["density"], row.get("maps", "even")
+            kernel = row["kernel"].split(",")[0]
+            if "pools" not in row:
+                alone[*problem, row["kernel"]] = row["ms"]
+            elif (ms := alone.get((*problem, kernel))) is not None:
+                added = row["ms"] / ms - 1
+                cells = size_and_density(data, *problem)
+                table.append(
+                    [*cells, kernel, f"{ms:.2f}", f"{row['ms']:.2f}", f"{row['pools']:.1%}",
+                     f"{added:.1%}", f"{added / row['pools']:.2f}"]
+                )  # fmt: skip
+    header = ["heads x tokens x head dim", "density", "kernel", "ms", "ms with pools"]
+    return markdown([*header, "products added", "time added", "time to products"], table)
+
+
+def size_and_density(data, shape, density, maps):
+    size = " x ".join(f"{size:,}" for size in data["shapes"][shape])
+    return size, f"{density:.2g}" + (", uneven" if maps == "uneven" else "")
+
+
 def kernel_table(data):
     """One line for each problem, one column for each kernel."""
+    data["rows"] = [row for row in data["rows"] if "pools" not in row]
     dense_first = sorted(data["rows"], key=lambda row: row["density"] < 1)
     names = list(dict.fromkeys(row["kernel"] for row in dense_first))
     lines, dense, errors = {}, {}, {}
@@ -112,14 +140,13 @@ def kernel_table(data):
             errors[row["kernel"]] = max(errors.get(row["kernel"], 0), row["error"])
     table = [
         [
-            " x ".join(f"{size:,}" for size in data["shapes"][shape]),
-            f"{density:.2g}" + (", uneven" if maps == "uneven" else ""),
+            *size_and_density(data, *problem),
             *(
                 f"{rows[name]['tflops']:.0f} ({rows[name]['ms']:.1f})" if name in rows else "-"
                 for name in names
             ),
         ]
-        for (shape, density, maps), rows in lines.items()
+        for problem, rows in lines.items()
     ]
     header = ["heads x tokens x head dim", "density", *names]
     note = "Random maps; TFLOP/s of kept work, and ms."
@@ -253,7 +280,7 @@ def size_of(record):
 # Each document's tables, by the name of the marks around them.
 TABLES = {
     "README.md": {"speed": speed, "presets": presets},
-    "docs/performance.md": {"kernels": kernels, "prologue": prologue, "models": models},
+    "docs/performance.md": {"kernels": kernels, "tail": tail, "prologue": prologue, "models": models},
     "docs/fidelity.md": {"fidelity": fidelity, "trials": trials},
 }
 DRAWING = "docs/fidelity.svg"

@@ -5,13 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from dfsattn_diffusers.kernels import quantize
+from dfsattn_diffusers.kernels import block_sparse_attention, quantize
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 NAMES = ["benchmark_kernel", "benchmark_prologue"]
@@ -231,6 +232,21 @@ def test_full_precision_is_held_to_every_element(load, spoil):
     spoil(out)
     with pytest.raises(problems.WrongOutput):
         problems.check(problem, out, rows, torch.float64)
+
+
+def test_a_tail_is_checked_and_its_products_counted(load):
+    problems = load("kernel_problems")
+    problem = problems.Problem.random(2, 700, 64, 0.4, torch.float32, device="cpu").with_tail(64)
+    rows = [(head, row) for head in range(2) for row in range(6)]
+    out = block_sparse_attention(
+        problem.q, problem.k, problem.v, problem.block_map, tail=problem.tail, backend="reference"
+    )
+    assert problems.check(problem, out, rows, torch.float64) < 1e-5
+    with pytest.raises(problems.WrongOutput):
+        problems.check(replace(problem, tail=None), out, rows, torch.float64)
+    pools = 12  # of which the last has no tokens
+    added = problem.flops() - replace(problem, tail=None).flops()
+    assert added == 4 * 64 * 2 * 700 * pools
 
 
 @pytest.mark.parametrize("broken", [False, True])

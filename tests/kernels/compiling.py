@@ -16,16 +16,21 @@ SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_44
 
 def built_by(script, *arguments):
     """What a test file prints as its last line, as JSON, when it is run as a program."""
+    return json.loads(printed_by(script, *arguments).splitlines()[-1])
+
+
+def printed_by(script, *arguments, under=()):
+    """What a test file prints when it is run as a program, by the command `under` if any."""
     root = Path(__file__).parents[2]
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     run = subprocess.run(
-        [sys.executable, script, *map(str, arguments)],
+        [*under, sys.executable, script, *map(str, arguments)],
         env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path},
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
 
 
 def compile_for(

@@ -106,7 +106,7 @@ def tail():
             problem = row["shape"], row["density"], row.get("maps", "even")
             kernel = row["kernel"].split(",")[0]
             if "pools" not in row:
-                alone[*problem, row["kernel"]] = row["ms"]
+                alone[(*problem, row["kernel"])] = row["ms"]
             elif (ms := alone.get((*problem, kernel))) is not None:
                 added = row["ms"] / ms - 1
                 cells = size_and_density(data, *problem)
@@ -280,7 +280,9 @@ def size_of(record):
 # Each document's tables, by the name of the marks around them.
 TABLES = {
     "README.md": {"speed": speed, "presets": presets},
-    "docs/performance.md": {"kernels": kernels, "tail": tail, "prologue": prologue, "models": models},
+    "docs/performance.md": {
+        "kernels": kernels, "tail": tail, "prologue": prologue, "models": models,
+    },
     "docs/fidelity.md": {"fidelity": fidelity, "trials": trials},
 }
 DRAWING = "docs/fidelity.svg"

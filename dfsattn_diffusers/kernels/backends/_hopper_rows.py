@@ -123,7 +123,7 @@ def produce(q_source, k_source, v_source, q_ring, k_ring, v_ring, rows, next_row
 
 @gluon.jit
 def real_keys(i, row, KEYS: gl.constexpr):
-    """Keys of the i-th block that are not padding, none or less where all are; `attend` has rows."""
+    """Keys of a row's i-th block that are not padding; none or less where all are."""
     p_blocks, i_listed, N_K, p_lengths = row[3], row[4], row[5], row[6]
     i_block = block_at(p_blocks, i, i_listed)
     i_keys = N_K - i_block * KEYS

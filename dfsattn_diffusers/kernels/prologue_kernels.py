@@ -308,23 +308,26 @@ def _launch(
             first_row, rotated, NORM=kind, STEP=step,
             INTERLEAVED=rotary is None or rotary.interleaved, H=heads, D=head_dim,
             SLOTS=size, TOKENS=tokens, HEADS=group, LOADS=loads, PARTS=parts,
-            PACKED=_rounds_pairs(first.q.device, kind, bool(out and num_tiles)),
+            PACKED=_knows_pairs(first.q.device) and pairs_pay(kind, bool(out), num_tiles > 0),
             num_warps=settings.num_warps,
             enable_fp_fusion=False,  # stock code rounds every product
         )  # fmt: skip
     return tiles
 
 
-def _rounds_pairs(device: torch.device, norm: str | None, both: bool) -> bool:
-    """Whether to round two numbers to bfloat16 by one instruction, which NVIDIA's since sm80 have.
+def _knows_pairs(device: torch.device) -> bool:
+    """Whether it is an NVIDIA GPU that rounds two numbers to bfloat16 by one instruction."""
+    cuda = device.type == "cuda" and torch.version.hip is None
+    return cuda and torch.cuda.get_device_capability(device) >= (8, 0)
 
-    On an H200 that is up to 14 % faster. Not with "rms", where LLVM multiplies in bfloat16, two at
-    once, and not with "layer" where rows and tiles are asked for: 3 and 6 % slower.
+
+def pairs_pay(norm: str | None, rows: bool, tiles: bool) -> bool:
+    """Whether rounding in pairs is faster: by up to 14 % on an H200, but for two cases.
+
+    With "rms" LLVM multiplies by the weights in bfloat16, two at once, where nothing stands between
+    (else 3 % slower); with "layer", rows and tiles it takes registers of other warps (6 %).
     """
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    known = torch.cuda.get_device_capability(device) >= (8, 0)
-    return known and norm != "rms" and not (norm == "layer" and both)
+    return norm != "rms" and not (norm == "layer" and rows and tiles)
 
 
 def _slot_count(streams: Sequence[Stream], source: Tensor | None) -> int:

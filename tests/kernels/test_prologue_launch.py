@@ -49,7 +49,7 @@ def compile_call(arch, norm, head_dim, heads, two, asked):
     constants = dict(
         NORM=norm, STEP=tl.float32, INTERLEAVED="halves" not in asked, H=heads, D=head_dim,
         SLOTS=slots, TOKENS=tokens, HEADS=group, LOADS=loads, PARTS=3 if "rows" in asked else 2,
-        PACKED=True,
+        PACKED=prologue_kernels.pairs_pay(norm, "rows" in asked, "tiles" in asked),
     )  # fmt: skip
     types = dict(eps="fp32", source="*i32")
     kinds = dict.fromkeys(("q", "k", "v", "q_out", "k_out", "v_out"), "*bf16")

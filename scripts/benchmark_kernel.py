@@ -137,7 +137,6 @@ def for_kernel(name, problem):
 def measure(name, prepare, problem, iterations):
     """What one kernel's row says of it; nothing checks the dense one."""
     dense = name == DENSE
-    kept = problem.flops()
     problem = for_kernel(name, problem)
     function = prepare(problem)
     out, error = function(), None
@@ -146,9 +145,11 @@ def measure(name, prepare, problem, iterations):
     del out
     ms = device_ms(function, iterations)
     density = 1.0 if dense else problem.mask.float().mean().item()
-    flops = problem.flops(dense)
-    row = dict(density=density, kernel=name, ms=ms, tflops=flops / ms / 1e9, error=error)
-    return row if problem.tail is None else row | dict(pools=flops / kept - 1)
+    tflops = problem.flops(dense) / ms / 1e9
+    row = dict(density=density, kernel=name, ms=ms, tflops=tflops, error=error)
+    if problem.tail is not None:
+        row["pools"] = problem.flops() / replace(problem, tail=None).flops() - 1
+    return row
 
 
 def benchmark(shape, density, kind, args, rows, failed):

@@ -91,9 +91,13 @@ def about(data):
     )
 
 
-def kernels():
+def kernel_runs():
     paths = sorted((ROOT / "benchmarks").glob("kernel_*.json"))
-    return "\n\n".join(kernel_table(json.loads(path.read_text())) for path in paths)
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def kernels():
+    return "\n\n".join(map(kernel_table, kernel_runs()))
 
 
 def tail():
@@ -102,8 +106,7 @@ def tail():
     At the lowest density: at others that is no more than two measurements differ by.
     """
     table = []
-    for path in sorted((ROOT / "benchmarks").glob("kernel_*.json")):
-        data = json.loads(path.read_text())
+    for data in kernel_runs():
         alone, lowest = {}, min(row["density"] for row in data["rows"]) * 1.2
         for row in data["rows"]:
             if row["density"] > lowest:
@@ -130,11 +133,11 @@ def size_and_density(data, shape, density, maps):
 
 def kernel_table(data):
     """One line for each problem, one column for each kernel."""
-    data["rows"] = [row for row in data["rows"] if "pools" not in row]
-    dense_first = sorted(data["rows"], key=lambda row: row["density"] < 1)
+    measured = [row for row in data["rows"] if "pools" not in row]
+    dense_first = sorted(measured, key=lambda row: row["density"] < 1)
     names = list(dict.fromkeys(row["kernel"] for row in dense_first))
     lines, dense, errors = {}, {}, {}
-    for row in data["rows"]:
+    for row in measured:
         maps = row.get("maps", "even")
         if row["density"] == 1:
             dense[row["shape"], maps] = {row["kernel"]: row}  # beside the densities that follow

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sass import disassemble, undefined_reads
+from sass import disassemble, spills_of_tiles, undefined_reads
 
 # Bytes of shared memory that one program may have.
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -101,9 +101,11 @@ def compile_gluon(kernel, values, constants):
     options = dict(num_warps=4, maxnreg=168, enable_fp_fusion=True)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = built.asm["ptx"]
+    code = disassemble(built.asm["cubin"])
     report = resources(built, 90) | dict(
         budgets=sorted({int(n) for n in re.findall(r"setmaxnreg\.\S+\s+(\d+)", ptx)}),
-        undefined=undefined_reads(disassemble(built.asm["cubin"])),
+        undefined=undefined_reads(code),
+        spilled_by_tile=spills_of_tiles(code),
     )
     return report, ptx
 

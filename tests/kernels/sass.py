@@ -1,6 +1,7 @@
-"""Uniform registers that a matrix product reads though some path has not set them, in SASS.
+"""What ptxas makes of matrix products, read from SASS.
 
-ptxas of CUDA 12.8 computed parts of a tile's descriptor in one branch and used them after it.
+Uniform registers that one reads though some path has not set them: ptxas of CUDA 12.8 computed
+parts of a tile's descriptor in one branch and used them after it. And values spilled for each tile.
 """
 
 import re
@@ -29,22 +30,64 @@ def undefined_reads(sass):
     """Matrix products with a descriptor that is not set on every path to them, as text."""
     code, labels = _parse(sass)
     effects = [_effects(text) for _, text in code]
-    # Set on every path so far; None where no path has come yet.
-    known, waiting = [None] * len(code), [0]
-    known[0] = frozenset([NUM_REGISTERS - 1])
+    known = _on_every_path(code, labels, [_bits(sets) for sets, _ in effects])
+    zero = 1 << NUM_REGISTERS - 1
+    return [
+        text
+        for (_, text), (_, reads), before in zip(code, effects, known, strict=True)
+        if before is not None and "GMMA" in text and _bits(reads) & ~(before | zero)
+    ]
+
+
+def spills_of_tiles(sass):
+    """Spill stores in the innermost loops around matrix products, as text.
+
+    What is stored once and loaded in a loop is an address or a count.
+    """
+    code, labels = _parse(sass)
+    known = _on_every_path(code, labels, [1 << i for i in range(len(code))])
+    before, ends = [[] for _ in code], {}
+    for i in range(len(code)):
+        for following in _successors(i, code, labels):
+            before[following].append(i)
+            # A loop's start has been passed wherever a jump leads back to it.
+            if known[i] is not None and (known[i] | 1 << i) >> following & 1:
+                ends.setdefault(following, []).append(i)
+    bodies = [(start, _loop(start, waiting, before)) for start, waiting in ends.items()]
+    loops = {start: body for start, body in bodies if any("GMMA" in code[i][1] for i in body)}
+    assert loops, "no loop of products"
+    inner = [body for start, body in loops.items() if body & loops.keys() == {start}]
+    return [code[i][1] for body in inner for i in sorted(body) if code[i][1].startswith("STL")]
+
+
+def _loop(start, waiting, before):
+    """What leads from a loop's start back to it."""
+    body = {start}
     while waiting:
         i = waiting.pop()
-        after = known[i] | effects[i][0]
+        if i not in body:
+            body.add(i)
+            waiting += before[i]
+    return body
+
+
+def _on_every_path(code, labels, gains):
+    """Bits that instructions set on every path to each; None where no path leads."""
+    known, waiting = [None] * len(code), [0]
+    known[0] = 0
+    while waiting:
+        i = waiting.pop()
+        after = known[i] | gains[i]
         for following in _successors(i, code, labels):
             new = after if known[following] is None else known[following] & after
             if new != known[following]:
                 known[following] = new
                 waiting.append(following)
-    return [
-        text
-        for (_, text), (_, reads), before in zip(code, effects, known, strict=True)
-        if before is not None and "GMMA" in text and reads - before
-    ]
+    return known
+
+
+def _bits(numbers):
+    return sum(1 << number for number in numbers)
 
 
 def _parse(sass):

@@ -87,8 +87,9 @@ def test_fits_the_gpu():
     assert len(builds) == len(BUILDS)
     for (head_dim, key_block, _), build in zip(BUILDS, builds):
         assert build["shared"] <= SHARED_MEMORY[90], build
-        # Addresses, stored once and loaded outside the main loop.
+        # Addresses, stored once outside the loops of tiles.
         assert build["spilled"] <= (64 if head_dim == key_block == 128 else 0), build
+        assert build["spilled_by_tile"] == [], build
         # Else the request for more registers was dropped in silence.
         assert {24, 240} <= set(build["budgets"]), build
         assert not build["serialized"] and build["undefined"] == [], build

@@ -13,7 +13,7 @@ from kernel_cases import (
     segments,
     some_full_rows,
 )
-from sass import undefined_reads
+from sass import spills_of_tiles, undefined_reads
 from test_tail import check as check_tail
 
 from dfsattn_diffusers.kernels import BlockMap, api, explain
@@ -135,6 +135,30 @@ def test_the_check_of_machine_code_sees_an_unset_descriptor():
     assert undefined_reads(code.replace("R24, gdesc[UR4]", "R24, R8, gdesc[UR2]")) == []
 
 
+def test_the_check_of_machine_code_sees_what_is_spilled_for_each_tile():
+    code = """
+    .L_x_1:
+        /*0000*/ STL [R2], R1 ;
+    .L_x_2:
+        /*0010*/ HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0020*/ @!P1 BRA `(.L_x_4) ;
+    .L_x_3:
+        /*0030*/ STL [R3], R4 ;
+        /*0040*/ @P0 BRA `(.L_x_2) ;
+        /*0050*/ STL [R6], R5 ;
+        /*0060*/ @P2 BRA `(.L_x_1) ;
+        /*0070*/ EXIT ;
+    .L_x_4:
+        /*0080*/ @!P1 BRA `(.L_x_4) ;
+        /*0090*/ BRA `(.L_x_3) ;
+    """
+    # In the loop around it, a row's, spills do not matter; a wait beside the loop belongs to it.
+    assert spills_of_tiles(code) == ["STL [R3], R4"]
+    assert spills_of_tiles(code.replace("STL [R3], R4", "LDL R4, [R3]")) == []
+    waiting = code.replace("/*0090*/", "/*0088*/ STL [R8], R7 ;\n /*0090*/")
+    assert spills_of_tiles(waiting) == ["STL [R3], R4", "STL [R8], R7"]
+
+
 def test_fits_the_gpu():
     """Compiled here for sm90: shared memory within its limit, next to no spills, no waits."""
     builds = built_by(__file__)
@@ -144,6 +168,9 @@ def test_fits_the_gpu():
         # What the kernel computes once: offsets for rows, for pools and for clearing padding.
         allowed = (0, 40, 64)[everything + bool(pool)] if head_dim == key_block == 128 else 0
         assert build["spilled"] <= allowed, build
+        # Of each tile nothing, but where all is asked for at once: two words in loops of pools.
+        most = 4 if allowed and everything and pool else 0
+        assert len(build["spilled_by_tile"]) <= most, build
         assert not build["serialized"], build
         # Else the request for more registers was dropped in silence.
         assert {40, 232} <= set(build["budgets"]), build

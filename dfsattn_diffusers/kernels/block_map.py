@@ -11,6 +11,9 @@ from torch.nn import functional as F
 
 from .fast import fast
 
+# Where keys and values of two heads are more than a cache holds: 32 MB a head at head dim 128.
+_MANY_KEYS = 2**16
+
 
 @dataclass(frozen=True)
 class BlockMap:
@@ -126,6 +129,7 @@ class BlockMap:
             self.num_key_blocks,
             self.query_block,
             self.key_block,
+            vars(self).get("by_count"),
         )
 
     @cached_property
@@ -142,11 +146,21 @@ class BlockMap:
         """`[B * H * nQ]` int32, rows of the flattened counts in the order to take them; cached.
 
         Long ones first, up to a factor of two: what comes last then fills up what is uneven. Among
-        these as they come, so that keys and values of a head stay in the cache.
+        these as they come, so that keys and values of a head stay in the cache. Of long sequences
+        head by head, long ones first in each, and only rows below half the mean after all others:
+        that wants half as many heads at a time, and rows of one length go through it together.
         """
-        # A float's exponent is one byte to sort by: every reuse of a packed map does it anew.
-        octave = self.counts.float().view(torch.int32) >> 23
-        return octave.to(torch.uint8).flatten().argsort(descending=True, stable=True).int()
+        counts = self.counts.flatten(0, 1)
+        size = counts.float()
+        if self.num_key_blocks * self.key_block < _MANY_KEYS:
+            # A float's exponent is one byte to sort by.
+            key = (size.view(torch.int32) >> 23).to(torch.uint8)
+        else:
+            long = (2 * size >= size.mean()).int()
+            head = torch.arange(len(counts), dtype=torch.int32, device=counts.device)[:, None]
+            # Which class, head and length in one number, the last one lowest.
+            key = (long * len(counts) - head) * (self.num_key_blocks + 1) + counts
+        return key.flatten().argsort(descending=True, stable=True).int()
 
 
 @dataclass(frozen=True)
@@ -157,6 +171,7 @@ class PackedBlockMap:
         bits: `[B, H, nQ, ceil(nK / 8)]` uint8; bit `i` of byte `j` is key block `8 * j + i`.
         max_count: Width of the map's `indices`.
         num_key_blocks, query_block, key_block: As in `BlockMap`.
+        by_count: As in `BlockMap`, where a kernel had asked for it before the map was packed.
     """
 
     bits: Tensor
@@ -164,16 +179,19 @@ class PackedBlockMap:
     num_key_blocks: int
     query_block: int
     key_block: int
+    by_count: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return self.bits.numel()
+        return self.bits.nbytes + (0 if self.by_count is None else self.by_count.nbytes)
 
     def unpack(self) -> BlockMap:
         """The map that was packed, exactly."""
         block_map = self._listed()
         vars(block_map)["bits"] = self.bits
+        if self.by_count is not None:
+            vars(block_map)["by_count"] = self.by_count
         return block_map
 
     def _listed(self) -> BlockMap:

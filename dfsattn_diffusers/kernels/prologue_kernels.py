@@ -34,8 +34,7 @@ class LaunchSettings:
         slots: Of one program, where no tiles are pooled; else it is the tile.
         tokens: Of one step.
         elements: Of one load, so that `elements / tokens / D` heads are one. A thread should have 8
-            of each token, 16 bytes: else tables are laid out unlike heads, and meet them in shared
-            memory.
+            side by side, 16 bytes.
         num_warps: Of one program.
     """
 
@@ -45,7 +44,17 @@ class LaunchSettings:
     num_warps: int
 
 
-SETTINGS = LaunchSettings(4, 2, 2048, 4)
+# The fastest on an H200, with tiles, of which there are 16 slots, and without.
+_WITH_TILES = {
+    "rms_all_heads": LaunchSettings(16, 1, 1024, 4),
+    "rms": LaunchSettings(16, 2, 2048, 4),
+    "layer": LaunchSettings(16, 2, 1024, 4),
+    None: LaunchSettings(16, 2, 2048, 4),
+}
+_TILES_ALONE = LaunchSettings(16, 1, 1024, 4)
+_WITHOUT_TILES = {"rms_all_heads": LaunchSettings(2, 2, 2048, 4)} | dict.fromkeys(
+    ("rms", "layer", None), LaunchSettings(2, 2, 1024, 4)
+)
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -209,6 +218,13 @@ def prologue_kernel(
             )  # fmt: skip
 
 
+def settings_for(norm: str | None, rows: bool, tiles: bool) -> LaunchSettings:
+    """How to launch for this kind of norm, what is asked for being rows, tiles or both."""
+    if not tiles:
+        return _WITHOUT_TILES[norm]
+    return _WITH_TILES[norm] if rows else _TILES_ALONE
+
+
 def launch_shape(
     heads: int, head_dim: int, tile: int | None, settings: LaunchSettings
 ) -> tuple[int, int, int, int]:
@@ -243,7 +259,7 @@ def prepare_qkv(
     heads_first: bool,
     tile_lengths: Tensor | None,
     slots: Tensor | None = None,
-    settings: LaunchSettings = SETTINGS,
+    settings: LaunchSettings | None = None,
 ) -> Prepared:
     """`prologue.prepare_qkv` where `can_prepare` says yes."""
     like, count = streams[0].q, _slot_count(streams, source)
@@ -258,7 +274,7 @@ def prepare_qkv(
 
 def pool_qk(
     streams: Sequence[Stream], rotary: Rotary | None, source: Tensor | None, tile_lengths: Tensor,
-    settings: LaunchSettings = SETTINGS,
+    settings: LaunchSettings | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`prologue.pool_qk` where `can_prepare` says yes."""
     return _launch(streams, rotary, source, [], tile_lengths, settings=settings)
@@ -271,7 +287,7 @@ def _launch(
     out: list[Tensor],
     lengths: Tensor | None,
     slots: Tensor | None = None,
-    settings: LaunchSettings = SETTINGS,
+    settings: LaunchSettings | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Fill `out`, `[B, H, P, D]` of q, k and v, of q and k or none; return tiles."""
     first, second = streams[0], streams[1] if len(streams) == 2 else None
@@ -293,6 +309,7 @@ def _launch(
             step = _DTYPES[torch.promote_types(first.q.dtype, cos.dtype)]
 
     tile = count // num_tiles if num_tiles else None
+    settings = settings or settings_for(kind, bool(out), tile is not None)
     size, tokens, group, loads = launch_shape(heads, head_dim, tile, settings)
     with torch.cuda.device_of(first.q):
         prologue_kernel[-(-count // size) * parts, batch](
@@ -309,20 +326,20 @@ def _launch(
             INTERLEAVED=rotary is None or rotary.interleaved, H=heads, D=head_dim,
             SLOTS=size, TOKENS=tokens, HEADS=group, LOADS=loads, PARTS=parts,
             # The interpreter runs no PTX; GPUs that lack this instruction `fast` keeps away.
-            PACKED=first.q.is_cuda and pairs_pay(kind, bool(out), num_tiles > 0),
+            PACKED=first.q.is_cuda and pairs_pay(kind),
             num_warps=settings.num_warps,
             enable_fp_fusion=False,  # stock code rounds every product
         )  # fmt: skip
     return tiles
 
 
-def pairs_pay(norm: str | None, rows: bool, tiles: bool) -> bool:
-    """Whether rounding in pairs is faster: by up to 14 % on an H200, but for two cases.
+def pairs_pay(norm: str | None) -> bool:
+    """Whether rounding in pairs is faster: by up to 14 % on an H200.
 
     With "rms" LLVM multiplies by the weights in bfloat16, two at once, where nothing stands between
-    (else 3 % slower); with "layer", rows and tiles it takes registers of other warps (6 %).
+    (else 3 % slower).
     """
-    return norm != "rms" and not (norm == "layer" and rows and tiles)
+    return norm != "rms"
 
 
 def _slot_count(streams: Sequence[Stream], source: Tensor | None) -> int:

@@ -18,6 +18,7 @@ CALLS = {
     "hunyuan, tiles alone": ("rms", 128, 24, True, ("tiles",)),
     "cogvideox": ("layer", 64, 48, False, ("rows",)),
     "cogvideox, slots": ("layer", 64, 48, False, ("rows", "slots")),
+    "cogvideox, pooled": ("layer", 64, 48, False, ("rows", "tiles")),
     "cogvideox, tiles alone": ("layer", 64, 48, False, ("tiles",)),
     "cogvideox-2b": (None, 64, 30, False, ("rows", "tiles")),
 }
@@ -41,15 +42,16 @@ def compile_call(arch, norm, head_dim, heads, two, asked):
 
     from dfsattn_diffusers.kernels import prologue_kernels
 
-    settings = prologue_kernels.SETTINGS
-    tile = 16 if "tiles" in asked else None
+    rows, tiles = "rows" in asked, "tiles" in asked
+    settings = prologue_kernels.settings_for(norm, rows, tiles)
+    tile = 16 if tiles else None
     slots, tokens, group, loads = prologue_kernels.launch_shape(
         heads, head_dim, tile, settings
     )
     constants = dict(
         NORM=norm, STEP=tl.float32, INTERLEAVED="halves" not in asked, H=heads, D=head_dim,
-        SLOTS=slots, TOKENS=tokens, HEADS=group, LOADS=loads, PARTS=3 if "rows" in asked else 2,
-        PACKED=prologue_kernels.pairs_pay(norm, "rows" in asked, "tiles" in asked),
+        SLOTS=slots, TOKENS=tokens, HEADS=group, LOADS=loads, PARTS=3 if rows else 2,
+        PACKED=prologue_kernels.pairs_pay(norm),
     )  # fmt: skip
     types = dict(eps="fp32", source="*i32")
     kinds = dict.fromkeys(("q", "k", "v", "q_out", "k_out", "v_out"), "*bf16")
@@ -60,9 +62,9 @@ def compile_call(arch, norm, head_dim, heads, two, asked):
     kinds |= dict.fromkeys(present, "*bf16")
     kinds |= dict(q_tiles="*fp32", k_tiles="*fp32", lengths="*i32", cos="*fp32", sin="*fp32")
     kinds |= dict(slots="*i32", N="i32")
-    present |= dict.fromkeys(("q_out", "k_out", "v_out"), "rows" in asked)
+    present |= dict.fromkeys(("q_out", "k_out", "v_out"), rows)
     present |= dict.fromkeys(("slots", "N"), "slots" in asked)
-    present |= dict.fromkeys(("q_tiles", "k_tiles", "lengths"), "tiles" in asked)
+    present |= dict.fromkeys(("q_tiles", "k_tiles", "lengths"), tiles)
     present |= dict.fromkeys(("cos", "sin"), norm is not None)
     for name, kind in kinds.items():
         if present.get(name, True):

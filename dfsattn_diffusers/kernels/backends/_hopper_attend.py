@@ -44,6 +44,9 @@ def attend(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_first, i_end, row
     OUT: gl.constexpr = b_out.type.layout
     DTYPE: gl.constexpr = b_q.dtype
     POOLS: gl.constexpr = not WHOLE and row[7] is not None
+    if WHOLE and b_q.shape[1] == 64:
+        # Read once a row and not once a tile: 3 % faster. At head dim 128 even a half costs 6 %.
+        b_q = b_q.load(gl.DotOperandLayout(operand_index=0, parent=LOGITS, k_width=2))
     i = i_tile + i_first
     if POOLS:
         tails.put_bias(tails.load_bias(i_first, row, scale_log2), row)

@@ -158,7 +158,7 @@ def _pool_size(call: AttentionCall) -> int:
 
 
 def rank(call: AttentionCall) -> int:
-    """1.2 to 1.4 times as fast as `triton` on an H200 at head dim 128, 1.06 to 1.3 at 64."""
+    """1.2 to 1.4 times as fast as `triton` on an H200 at head dim 128, 1.1 to 1.3 at 64."""
     return 3
 
 

@@ -11,7 +11,7 @@ import torch
 from gluon_emulator import emulated
 from kernel_cases import NASTY, check_order, problem, segments, some_full_rows
 from test_gluon_emulated import BACKENDS, MODULES, with_stages
-from test_triton_fp8 import check_fp8
+from test_triton_fp8 import check_fp8, nearest_logarithm
 
 from dfsattn_diffusers.kernels import api
 
@@ -33,7 +33,7 @@ def backend(request, monkeypatch):
 
 
 def check(p):
-    check_fp8(p, "gluon_fp8")
+    check_fp8(p, "gluon_fp8", nearest_logarithm)
 
 
 @pytest.mark.parametrize("head_dim, key_block", [(64, 64), (64, 128), (128, 64), (128, 128)])

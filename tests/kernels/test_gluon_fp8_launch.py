@@ -14,7 +14,7 @@ from kernel_cases import (
     segments,
     some_full_rows,
 )
-from test_triton_fp8 import check_fp8
+from test_triton_fp8 import check_fp8, nearest_logarithm
 
 from dfsattn_diffusers.kernels import BlockMap, explain
 from dfsattn_diffusers.kernels.backends import load_backend
@@ -53,7 +53,8 @@ def test_is_chosen(device):
 @pytest.mark.parametrize("change", NASTY)
 @pytest.mark.parametrize("device", GPU)
 def test_nasty(device, change):
-    check_fp8(change(problem(device, torch.bfloat16, num_queries=300, seed=1)), "gluon_fp8")
+    check_fp8(change(problem(device, torch.bfloat16, num_queries=300, seed=1)), "gluon_fp8",
+        nearest_logarithm)
 
 
 @pytest.mark.parametrize("change", [segments, some_full_rows])
@@ -72,7 +73,7 @@ def test_many_rows(monkeypatch, device, fewest, sizes, change):
         )
     )
     p.mask[:, 0, 3:9] = False
-    check_fp8(p, "gluon_fp8")
+    check_fp8(p, "gluon_fp8", nearest_logarithm)
 
 
 @pytest.mark.parametrize("device", GPU)
@@ -96,8 +97,9 @@ def test_fits_the_gpu():
         for product in build["products"]:
             assert product.endswith("k32.f32.e4m3.e4m3"), build
         # Of both warpgroups: the first keys, the loop, the last values, and a masked block.
-        keys, values = 3 * head_dim // 32, 3 * key_block // 32
-        assert (build["count"], build["from_registers"]) == (2 * (keys + values), 2 * values), build
+        # Weights are multiplied twice: by values, and by ones for their sum.
+        keys, weights = 2 * 3 * head_dim // 32, 2 * 2 * 3 * key_block // 32
+        assert (build["count"], build["from_registers"]) == (keys + weights, weights), build
 
 
 def compile_for_hopper(head_dim, key_block, everything):
@@ -109,7 +111,7 @@ def compile_for_hopper(head_dim, key_block, everything):
         q=backend._describe(x, 64, head_dim), k=backend._describe(x, key_block, head_dim),
         v=backend._describe(x.transpose(2, 3).contiguous(), head_dim, key_block),
         out=x.bfloat16(), rows=ints, next_row=ints, counts=ints, indices=ints,
-        scale=0.1, mean_logits=floats, q_scales=floats, k_scales=floats, v_logs=floats,
+        scale=0.1, mean_logits=floats, q_scales=floats, scales=floats,
         lse=floats if everything else None, key_lengths=ints if everything else None,
         output_order=ints if everything else None, order_stride=300 if everything else None,
     )

@@ -1,5 +1,6 @@
 """fp8: the rounding against its specification, attention against eager code that rounds alike."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -53,14 +54,30 @@ def mean_logits(p, x):
     return x.mean_logits[..., : p.q.shape[2]].double() * scale
 
 
-def eager_fp8(p):
-    """Dense attention in float32 with weights in e4m3, from 256 down."""
+def eager_fp8(p, rounded):
+    """Dense attention in float32 with weights in e4m3, from 256 down.
+
+    `rounded`: what of the logarithms to base 2 of weights makes them, and what is added up.
+    """
     x = quantized(p)
-    out, lse = dequantized(p, x).by_parts(lambda part, at: eager_part(part))
+    out, lse = dequantized(p, x).by_parts(lambda part, at: eager_part(part, rounded))
     return out, lse + mean_logits(p, x).float()
 
 
-def eager_part(p):
+def nearest(x):
+    """Rounded weights, the sums of exact ones."""
+    weights = x.exp2()
+    return (weights * 256).to(torch.float8_e4m3fn).float() / 256, weights
+
+
+def nearest_logarithm(x):
+    """Eight codes of e4m3 for each power of two, 120 for 256; the sums of rounded weights."""
+    codes = ((x + 15) * 8 - 0.46).round().clamp(min=0)
+    weights = codes.to(torch.uint8).view(torch.float8_e4m3fn).float() / 256
+    return weights, weights
+
+
+def eager_part(p, rounded):
     real = p.real_keys()
     mask = p.mask.repeat_interleave(p.query_block, 2)[:, :, : p.q.shape[2]]
     mask = mask.repeat_interleave(p.key_block, 3)[..., : p.k.shape[2]] & real[:, None, None]
@@ -68,22 +85,22 @@ def eager_part(p):
     logits = p.q.float() @ p.k.float().transpose(-1, -2) * scale
     logits = logits.masked_fill(~mask, -torch.inf)
     peak = logits.amax(-1, keepdim=True)
-    weights = (logits - peak.masked_fill(peak == -torch.inf, 0)).exp()
-    rounded = (weights * 256).to(torch.float8_e4m3fn).float() / 256
-    total = weights.sum(-1, keepdim=True)
-    out = (rounded @ p.v.float()) / total.masked_fill(total == 0, 1)
-    return out, logits.logsumexp(-1)
+    peak = peak.masked_fill(peak == -torch.inf, 0)
+    weights, added = rounded((logits - peak) / math.log(2))
+    total = added.sum(-1, keepdim=True)
+    out = (weights @ p.v.float()) / total.masked_fill(total == 0, 1)
+    return out, (peak + total.log()).squeeze(-1)
 
 
-def check_fp8(p, backend="triton_fp8"):
+def check_fp8(p, backend="triton_fp8", rounded=nearest):
     """Beside what it was given, the kernel errs as eager code; and so it does beside the truth."""
     out, lse = p.run(backend, return_lse=True, precision="fp8")
-    eager, x = eager_fp8(p), quantized(p)
+    eager, x = eager_fp8(p, rounded), quantized(p)
     given = dequantized(p, x)
     exact_out, exact_lse = given.dense(torch.float64)
     assert_close(out, exact_out, eager[0])
-    half_lse = given.dense(half(p.q.device.type))[1]
-    assert_close(lse, exact_lse + mean_logits(p, x), half_lse + mean_logits(p, x))
+    half_lse = given.dense(half(p.q.device.type))[1] + mean_logits(p, x)
+    assert_close(lse, exact_lse + mean_logits(p, x), half_lse if rounded is nearest else eager[1])
     exact = p.dense(torch.float64)
     assert_close(out, exact[0], eager[0])
     assert_close(lse, exact[1], eager[1])

@@ -12,7 +12,18 @@ from torch import Tensor
 from ..quantize import quantize
 from . import AttentionCall
 from . import _hopper_rings as rings
-from ._hopper_bytes import as_operand, in_fours, pack, parts_layout
+from ._hopper_bytes import (
+    OCTAVE,
+    ORIGIN,
+    add_sum,
+    as_operand,
+    in_fours,
+    make_ones,
+    no_sum,
+    pack,
+    start_sum,
+    times_rows,
+)
 from ._hopper_rings import TensorDescriptor, gl, gluon, warpgroup_mma, warpgroup_mma_wait
 from ._hopper_rows import (
     COUNTS,
@@ -35,42 +46,39 @@ NUM_STAGES = {(128, 128): 4, (128, 64): 8, (64, 128): 8, (64, 64): 8}
 
 
 @gluon.jit
-def _scales_at(i_block, k_scales, v_logs, NUM_BLOCKS):
+def _scales_at(i_block, scales, NUM_BLOCKS):
     """Scale of a block's keys, logarithm of its values' scale; of any block beyond the last."""
-    i_block = gl.minimum(i_block, NUM_BLOCKS - 1)
-    return gl.load(k_scales + i_block), gl.load(v_logs + i_block)
+    p_scales = scales + 2 * gl.minimum(i_block, NUM_BLOCKS - 1)
+    return gl.load(p_scales), gl.load(p_scales + 1)
 
 
 @gluon.jit
-def _raise(b_max, b_s, b_scale, b_log):
-    """The running maximum, in base 2, of logits plus the logarithm of their value block's scale."""
+def _raise(b_max, b_s, b_scale):
+    """The running maximum of logits in base 2."""
     # Pairs first: a chain of maxima, each of which waits for the one before, takes twice as long.
     b_0, b_1, b_2, b_3 = in_fours(b_s)
     # [ROWS, 4]
     b_peak = gl.max(gl.maximum(gl.maximum(b_0, b_1), gl.maximum(b_2, b_3)), 1)
     # [ROWS]
     b_peak = gl.convert_layout(gl.max(b_peak, 1), b_max.type.layout, assert_trivial=True)
-    return gl.maximum(b_max, b_peak * b_scale + b_log)
+    return gl.maximum(b_max, b_peak * b_scale)
 
 
 @gluon.jit
-def _weigh(b_s, b_max, b_new, b_sum, b_scale, b_log, MASKED: gl.constexpr):
-    """One step of the online softmax, over weights times their value block's scale.
+def _weigh(b_s, b_max, b_new, b_sum, b_scale, b_ratio, MASKED: gl.constexpr):
+    """Weights, packed; the sum of those before, and a factor for their output.
 
-    Sums are each thread's own, `[ROWS, 4]`, and added up at the end of the row.
+    The output is a multiple of its last value block's scale. `b_ratio`: of that of the block before
+    to that of this one.
     """
-    PARTS: gl.constexpr = b_sum.type.layout
     # [ROWS]
     b_shift = gl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
     b_decay = gl.exp2(b_max - b_shift)
     # Weights reach 256 of e4m3's 448, a power of two that cancels against their sum.
+    b_level = ((8.0 + ORIGIN) - b_shift) * OCTAVE
     # [ROWS, KEYS]
-    b_p = gl.exp2(b_s * b_scale + (b_log + 8.0 - b_shift)[:, None])
-    b_0, b_1, b_2, b_3 = in_fours(b_p)
-    # [ROWS, 4]
-    b_part = gl.convert_layout(gl.sum((b_0 + b_1) + (b_2 + b_3), 1), PARTS, assert_trivial=True)
-    b_parts = gl.convert_layout(b_decay, gl.SliceLayout(1, PARTS), assert_trivial=True)[:, None]
-    return pack(b_p), b_sum * b_parts + b_part * gl.exp2(-b_log), b_decay
+    b_level = b_s * (b_scale * OCTAVE) + b_level[:, None]
+    return pack(b_level), times_rows(b_sum, b_decay), b_decay * b_ratio
 
 
 @gluon.jit
@@ -89,37 +97,40 @@ def _add(b_out, b_decay, b_product):
 
 
 @gluon.jit
-def _attend_whole(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_whole, p_blocks, i_listed,
-                  k_scales, v_logs, b_q_scale, NUM_BLOCKS):
+def _attend_whole(b_q, k_ring, v_ring, b_ones, b_out, b_max, b_sum, i_tile, i_whole, p_blocks,
+                  i_listed, scales, b_q_scale, NUM_BLOCKS):
     """A row's first `i_whole` blocks, without masks, values one step after keys."""
     LOGITS: gl.constexpr = b_max.type.layout.parent
     OUT: gl.constexpr = b_out.type.layout
-    b_k_scale, b_log = _scales_at(block_at(p_blocks, 0, i_listed), k_scales, v_logs, NUM_BLOCKS)
-    b_scale = b_q_scale * b_k_scale
-    b_next_scale, b_next_log = _scales_at(
-        block_at(p_blocks, 1, i_listed), k_scales, v_logs, NUM_BLOCKS
-    )
+    b_k_scale, b_log = _scales_at(block_at(p_blocks, 0, i_listed), scales, NUM_BLOCKS)
+    b_next_scale, b_next_log = _scales_at(block_at(p_blocks, 1, i_listed), scales, NUM_BLOCKS)
     i_block = block_at(p_blocks, 2, i_listed)
     b_s = multiply_keys(b_q, rings.receive(k_ring, i_tile), LOGITS)
     # [ROWS, KEYS]
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     rings.release(k_ring, i_tile)
-    b_new = _raise(b_max, b_s, b_scale, b_log)
-    b_packed, b_sum, b_decay = _weigh(b_s, b_max, b_new, b_sum, b_scale, b_log, False)
-    b_max, b_scale, b_log = b_new, b_q_scale * b_next_scale, b_next_log
+    b_scale = b_q_scale * b_k_scale
+    b_new = _raise(b_max, b_s, b_scale)
+    b_packed, b_sum, b_decay = _weigh(b_s, b_max, b_new, b_sum, b_scale, 1.0, False)
+    b_max, b_scale = b_new, b_q_scale * b_next_scale
     rings.receive_if(i_whole > 1, k_ring, i_tile + 1)
 
     for i in range(1, i_whole):
         # Scales one step ahead, and two steps the index that they wait for.
-        b_next_scale, b_next_log = _scales_at(i_block, k_scales, v_logs, NUM_BLOCKS)
+        b_later_scale, b_later_log = _scales_at(i_block, scales, NUM_BLOCKS)
         i_block = block_at(p_blocks, i + 2, i_listed)
         # Before any product starts, else ptxas lets none overlap.
         b_operand = as_operand(b_packed, OUT)
+        b_part = start_sum(b_operand, b_ones)
         b_s = multiply_keys(b_q, rings.slot(k_ring, i_tile + i), LOGITS)
-        b_product = _multiply_values(b_operand, rings.receive(v_ring, i_tile + i - 1), OUT)
+        b_v = rings.receive(v_ring, i_tile + i - 1)
+        # Triton 3.9 gives each product weights in registers of its own: not both at a time.
+        b_part = warpgroup_mma_wait(1, deps=[b_part])
+        b_sum = add_sum(b_sum, b_part)
+        b_product = _multiply_values(b_operand, b_v, OUT)
         # [ROWS, KEYS]
         b_s = warpgroup_mma_wait(1, deps=[b_s])
-        b_new = _raise(b_max, b_s, b_scale, b_log)
+        b_new = _raise(b_max, b_s, b_scale)
         # ptxas does not move the wait for the product across this branch and its loop.
         rings.receive_if(i + 1 < i_whole, k_ring, i_tile + i + 1)
         # [ROWS, D]
@@ -127,21 +138,26 @@ def _attend_whole(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_whole, p_b
         # Together: between a release and a wait there is a barrier of the warpgroup.
         rings.release(k_ring, i_tile + i)
         rings.release(v_ring, i_tile + i - 1)
-        # Between exponentials there is time for additions.
         b_out = _add(b_out, b_decay, b_product)
-        b_packed, b_sum, b_decay = _weigh(b_s, b_max, b_new, b_sum, b_scale, b_log, False)
-        b_max, b_scale, b_log = b_new, b_q_scale * b_next_scale, b_next_log
+        b_packed, b_sum, b_decay = _weigh(
+            b_s, b_max, b_new, b_sum, b_scale, gl.exp2(b_log - b_next_log), False
+        )
+        b_max, b_scale = b_new, b_q_scale * b_later_scale
+        b_log, b_next_log = b_next_log, b_later_log
 
     b_operand = as_operand(b_packed, OUT)
-    b_product = _multiply_values(b_operand, rings.receive(v_ring, i_tile + i_whole - 1), OUT)
+    b_part = start_sum(b_operand, b_ones)
+    b_v = rings.receive(v_ring, i_tile + i_whole - 1)
+    b_product = _multiply_values(b_operand, b_v, OUT)
     # [ROWS, D]
-    b_product = warpgroup_mma_wait(0, deps=[b_product])
+    b_product, b_part = warpgroup_mma_wait(0, deps=[b_product, b_part])
     rings.release(v_ring, i_tile + i_whole - 1)
-    return _add(b_out, b_decay, b_product), b_max, b_sum
+    return _add(b_out, b_decay, b_product), b_max, add_sum(b_sum, b_part), b_log
 
 
 @gluon.jit
-def _attend_masked(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_keys, b_scale, b_log):
+def _attend_masked(b_q, k_ring, v_ring, b_ones, b_out, b_max, b_sum, i_tile, i_keys, b_scale,
+                   b_ratio):
     """One block, of which the first `i_keys` keys are real; what is behind them is 0."""
     LOGITS: gl.constexpr = b_max.type.layout.parent
     OUT: gl.constexpr = b_out.type.layout
@@ -152,19 +168,20 @@ def _attend_masked(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_keys, b_s
     rings.release(k_ring, i_tile)
     m_k = gl.arange(0, KEYS, gl.SliceLayout(0, LOGITS)) < i_keys
     b_s = gl.where(m_k[None, :], b_s, float("-inf"))
-    b_new = _raise(b_max, b_s, b_scale, b_log)
-    b_packed, b_sum, b_decay = _weigh(b_s, b_max, b_new, b_sum, b_scale, b_log, True)
+    b_new = _raise(b_max, b_s, b_scale)
+    b_packed, b_sum, b_decay = _weigh(b_s, b_max, b_new, b_sum, b_scale, b_ratio, True)
     b_operand = as_operand(b_packed, OUT)
+    b_part = start_sum(b_operand, b_ones)
     b_product = _multiply_values(b_operand, rings.receive(v_ring, i_tile), OUT)
     # [ROWS, D]
-    b_product = warpgroup_mma_wait(0, deps=[b_product])
+    b_product, b_part = warpgroup_mma_wait(0, deps=[b_product, b_part])
     rings.release(v_ring, i_tile)
-    return _add(b_out, b_decay, b_product), b_new, b_sum
+    return _add(b_out, b_decay, b_product), b_new, add_sum(b_sum, b_part)
 
 
 @gluon.jit
 def _consume(
-    q_ring, k_ring, v_ring, q_scales, k_scales, v_logs, mean_logits, out, lse, indices,
+    q_ring, k_ring, v_ring, b_ones, q_scales, scales, mean_logits, out, lse, indices,
     key_lengths, output_order, order_stride, scale, stride_ob, stride_oh, stride_on,
     H, N_Q, N_K, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
     W: gl.constexpr, HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
@@ -175,60 +192,60 @@ def _consume(
     D: gl.constexpr = k_ring[0].shape[2]
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
-    PARTS: gl.constexpr = parts_layout(KEYS)
     i_tile, i_queries, i_more = 0, W, 1
     while i_more != 0:
         b_q, i_b, i_h, i_q, i_count, i_whole, i_more = receive_row(q_ring, i_queries)
         i_bh = i_b * H + i_h
         i_row = i_bh * NUM_ROWS + i_q
         p_blocks, i_listed = listed_blocks(i_row, i_count, indices, NUM_BLOCKS, MAX_COUNT)
-        p_k_scales = k_scales + i_bh.to(gl.int64) * NUM_BLOCKS
-        p_v_logs = v_logs + i_bh.to(gl.int64) * NUM_BLOCKS
+        p_scales = scales + i_bh.to(gl.int64) * (2 * NUM_BLOCKS)
         b_q_scale = gl.load(q_scales + i_row) * (scale * 1.4426950408889634)
         # [ROWS]
         b_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
         # [ROWS, 4]
-        b_sum = gl.zeros([ROWS, 4], gl.float32, PARTS)
+        b_sum = no_sum(ROWS)
         # [ROWS, D]
         b_out = gl.zeros([ROWS, D], gl.float32, OUT)
+        b_last_log = 0.0
         # The same tile, since no count is negative. ptxas must not know: it would compute parts of
         # the tile's descriptor for whole blocks alone, and use them where there are none as well.
         b_q_again = rings.slot(q_ring, i_queries + gl.where(i_count < 0, 1, 0))
         if i_whole > 0:
-            b_out, b_max, b_sum = _attend_whole(
-                b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_whole, p_blocks, i_listed,
-                p_k_scales, p_v_logs, b_q_scale, NUM_BLOCKS,
+            b_out, b_max, b_sum, b_last_log = _attend_whole(
+                b_q, k_ring, v_ring, b_ones, b_out, b_max, b_sum, i_tile, i_whole, p_blocks,
+                i_listed, p_scales, b_q_scale, NUM_BLOCKS,
             )
         for i in range(i_whole, i_count):
             i_block = block_at(p_blocks, i, i_listed)
             i_keys = N_K - i_block * KEYS
             if HAS_LENGTHS:
                 i_keys = gl.minimum(i_keys, gl.load(key_lengths + i_b * NUM_BLOCKS + i_block))
-            b_k_scale, b_log = _scales_at(i_block, p_k_scales, p_v_logs, NUM_BLOCKS)
+            b_k_scale, b_log = _scales_at(i_block, p_scales, NUM_BLOCKS)
             b_out, b_max, b_sum = _attend_masked(
-                b_q_again, k_ring, v_ring, b_out, b_max, b_sum, i_tile + i, i_keys,
-                b_q_scale * b_k_scale, b_log,
+                b_q_again, k_ring, v_ring, b_ones, b_out, b_max, b_sum, i_tile + i, i_keys,
+                b_q_scale * b_k_scale, gl.exp2(b_last_log - b_log),
             )
+            b_last_log = b_log
         rings.release(q_ring, i_queries)
         i_queries += 2
         i_tile += i_count
 
         # [ROWS]
-        b_sum = gl.convert_layout(gl.sum(b_sum, 1), gl.SliceLayout(1, LOGITS))
+        b_sum = gl.convert_layout(gl.max(b_sum, 1), gl.SliceLayout(1, LOGITS))
         # A row without keys has sum 0 and maximum -inf.
         b_lse = (b_max - 8.0 + gl.log2(b_sum)) * 0.6931471805599453
         if WITH_LSE:
             o_mean = W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LOGITS))
             b_lse += gl.load(mean_logits + i_row.to(gl.int64) * 2 * ROWS + o_mean) * scale
         store_rows(
-            b_out, b_sum, b_lse, out, lse, output_order, order_stride, i_bh, i_b, i_h,
-            (i_q * 2 + W) * ROWS, stride_ob, stride_oh, stride_on, N_Q, ORDERED, WITH_LSE,
+            b_out * gl.exp2(b_last_log), b_sum, b_lse, out, lse, output_order, order_stride, i_bh,
+            i_b, i_h, (i_q * 2 + W) * ROWS, stride_ob, stride_oh, stride_on, N_Q, ORDERED, WITH_LSE,
         )
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def block_sparse_kernel(
-    q, k, v, q_scales, k_scales, v_logs, mean_logits, out, lse, rows, next_row, counts, indices,
+    q, k, v, q_scales, scales, mean_logits, out, lse, rows, next_row, counts, indices,
     key_lengths, output_order, order_stride, scale, stride_ob, stride_oh, stride_on,
     H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
     D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
@@ -238,17 +255,18 @@ def block_sparse_kernel(
     q_ring = make_row_ring(q.dtype, ROWS, D)
     k_ring = rings.make_ring(q.dtype, STAGES, KEYS, D, 2)
     v_ring = rings.make_ring(q.dtype, STAGES, D, KEYS, 2)
+    b_ones = make_ones(q.dtype, KEYS)
     rings.fence_async_shared()
     gl.warp_specialize(
         [
             (_consume, (
-                q_ring, k_ring, v_ring, q_scales, k_scales, v_logs, mean_logits, out, lse,
+                q_ring, k_ring, v_ring, b_ones, q_scales, scales, mean_logits, out, lse,
                 indices, key_lengths, output_order, order_stride, scale, stride_ob, stride_oh,
                 stride_on, H, N_Q, N_K, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
                 0, HAS_LENGTHS, ORDERED, WITH_LSE,
             )),
             (_consume, (
-                q_ring, k_ring, v_ring, q_scales, k_scales, v_logs, mean_logits, out, lse,
+                q_ring, k_ring, v_ring, b_ones, q_scales, scales, mean_logits, out, lse,
                 indices, key_lengths, output_order, order_stride, scale, stride_ob, stride_oh,
                 stride_on, H, N_Q, N_K, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
                 1, HAS_LENGTHS, ORDERED, WITH_LSE,
@@ -282,6 +300,10 @@ def forward(call: AttentionCall) -> None:
         call.q, call.k, call.v, query_block=block_map.query_block, key_block=block_map.key_block,
         key_lengths=key_lengths, interleaved=True,
     )
+    v_logs = x.v_scales.log2()
+    # In units of values too small to be seen, sums of others would leave float32.
+    v_logs = v_logs.maximum(v_logs.amax(-1, keepdim=True) - 40)
+    scales = torch.stack([x.k_scales, v_logs], -1)
     batch, heads, num_queries, head_dim = call.q.shape
     num_rows, key_block = block_map.counts.shape[-1], block_map.key_block
     num_work = batch * heads * num_rows
@@ -290,7 +312,7 @@ def forward(call: AttentionCall) -> None:
         block_sparse_kernel[min(num_work, device.multi_processor_count),](
             _describe(x.q, QUERY_BLOCK // 2, head_dim), _describe(x.k, key_block, head_dim),
             _describe(x.v, head_dim, key_block),
-            x.q_scales, x.k_scales, x.v_scales.log2(), x.mean_logits, call.out, call.lse,
+            x.q_scales, scales, x.mean_logits, call.out, call.lse,
             block_map.by_count, block_map.counts.new_zeros(1),
             block_map.counts.contiguous(), block_map.indices.contiguous(),
             None if key_lengths is None else key_lengths.contiguous(),

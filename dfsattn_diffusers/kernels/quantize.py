@@ -14,6 +14,8 @@ from .fast import fast
 
 # The largest number of e4m3.
 LARGEST = 448.0
+# Keys are centred by the mean of every so many of a block: all of them would be read once more.
+SAMPLE = 8
 # Blocks of smaller numbers lose digits, so that no scale underflows and no sum overflows.
 SMALLEST = 2.0**-64
 
@@ -59,15 +61,16 @@ def quantize(
 ) -> Quantized:
     """Round to e4m3, each block scaled so that its largest number is 448.
 
-    Softmax does not see a vector that is taken off all keys, so that any mean is exact; the true
-    one leaves the least to round. All numbers must be finite, except in padding.
+    Softmax does not see a vector that is taken off all keys, so that any mean is exact; one near
+    the true mean leaves little to round. All numbers must be finite, except in padding.
 
     Args:
         q: `[B, H, Nq, D]`.
         k, v: `[B, H, Nk, D]`.
         query_block, key_block: Tokens per block; last blocks may be short.
         key_lengths: `[B, nK]` int32, real keys at the front of each key block; None: all are.
-        key_mean: `[B, H, D]` float32 to take off the keys; None: their mean, at a second reading.
+        key_mean: `[B, H, D]` float32 to take off the keys; None: the mean of each block's first key
+            and every eighth after it.
         interleaved: Order the values' keys, 16 by 16, as 0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6,
             7, 14, 15: then the weights that a thread has from Hopper's first product are those it
             needs for an 8-bit second. `key_block` must be a multiple of 16.
@@ -79,7 +82,8 @@ def quantize(
     kernels = _kernels_for(q, k, v, query_block, key_block)
     if key_mean is None:
         sums = (kernels.sum_blocks if kernels else sum_blocks)(k, lengths, key_block)
-        key_mean = sums.sum(2) / lengths.sum(1).clamp(min=1)[:, None, None]
+        count = ((lengths + SAMPLE - 1) // SAMPLE).sum(1).clamp(min=1)
+        key_mean = sums.sum(2) / count[:, None, None]
     make = kernels.quantize if kernels else _quantize
     return make(q, k, v, query_block, key_block, lengths, key_mean, interleaved)
 
@@ -94,8 +98,8 @@ def _kernels_for(q: Tensor, k: Tensor, v: Tensor, *blocks: int) -> ModuleType | 
 
 
 def sum_blocks(k: Tensor, lengths: Tensor, key_block: int) -> Tensor:
-    """Sums of the real tokens of each block, `[B, H, nK, D]` float32."""
-    return _to_blocks(k, key_block, lengths).sum(3)
+    """Sums of every eighth real token of each block, `[B, H, nK, D]` float32."""
+    return _to_blocks(k, key_block, lengths)[:, :, :, ::SAMPLE].sum(3)
 
 
 def _quantize(q, k, v, query_block, key_block, lengths, key_mean, interleaved) -> Quantized:

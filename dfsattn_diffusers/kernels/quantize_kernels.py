@@ -1,4 +1,4 @@
-"""Triton kernels of `quantize`: every tensor is read once, keys once more for their mean."""
+"""Triton kernels of `quantize`: every tensor is read once, some keys once more for their mean."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .quantize import LARGEST, SMALLEST, Quantized
+from .quantize import LARGEST, SAMPLE, SMALLEST, Quantized
 
-_LARGEST, _SMALLEST = tl.constexpr(LARGEST), tl.constexpr(SMALLEST)
+_LARGEST, _SMALLEST, _SAMPLE = map(tl.constexpr, (LARGEST, SMALLEST, SAMPLE))
 # The interpreter loses the carry of a rounding: there numbers are rounded before the cast.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -39,13 +39,14 @@ def _load_block(x, o_n, i_b, i_h, i_block, i_length, stride_b, stride_h, stride_
 @triton.jit(do_not_specialize=["H"])
 def sum_kernel(x, lengths, out, stride_b, stride_h, stride_n, H,
                D: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of the real tokens of one block."""
+    """The sum of every eighth real token of one block."""
     i_block, i_bh = tl.program_id(0), tl.program_id(1)
     i_b, i_h = i_bh // H, i_bh % H
     i_length = tl.load(lengths + i_b * tl.num_programs(0) + i_block)
-    # [BLOCK, D]
+    o_n = tl.arange(0, BLOCK // _SAMPLE) * _SAMPLE
+    # [BLOCK // _SAMPLE, D]
     b_x = _load_block(
-        x, tl.arange(0, BLOCK), i_b, i_h, i_block, i_length, stride_b, stride_h, stride_n, D, BLOCK
+        x, o_n, i_b, i_h, i_block, i_length, stride_b, stride_h, stride_n, D, BLOCK
     )
     i_row = i_bh.to(tl.int64) * tl.num_programs(0) + i_block
     tl.store(out + i_row * D + tl.arange(0, D), tl.sum(b_x, 0))
@@ -95,12 +96,12 @@ def quantize_kernel(
 
 
 def sum_blocks(k: Tensor, lengths: Tensor, key_block: int) -> Tensor:
-    """Sums of the real tokens of each block, `[B, H, nK, D]` float32."""
+    """Sums of every eighth real token of each block, `[B, H, nK, D]` float32."""
     batch, heads, _, head_dim = k.shape
     out = k.new_empty(batch, heads, lengths.shape[1], head_dim, dtype=torch.float32)
     with torch.cuda.device_of(k):
         sum_kernel[lengths.shape[1], batch * heads](
-            k, lengths, out, *k.stride()[:3], heads, D=head_dim, BLOCK=key_block, num_warps=8
+            k, lengths, out, *k.stride()[:3], heads, D=head_dim, BLOCK=key_block, num_warps=2
         )
     return out
 

@@ -14,12 +14,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from benchmark_tools import OutOfTime, Record, milliseconds
+from benchmark_tools import OutOfTime, Record, config_named, milliseconds
 from diffusers.models.attention_dispatch import attention_backend
 from video_models import MODELS, TINY, Denoising
 
 from dfsattn_diffusers import enable_dfsattn, list_presets
-from dfsattn_diffusers.configs import resolve_config
 from dfsattn_diffusers.schedule import decisions
 
 # Dense baselines: diffusers' attention backend, and whether padding is trimmed first.
@@ -34,9 +33,9 @@ TINY_CHANGES = dict(
 )  # fmt: skip
 
 
-def config_of(preset, tiny):
-    """The preset as it is, or at sizes that suit models of no size."""
-    return resolve_config(preset, **TINY_CHANGES if tiny else {})
+def config_of(label, tiny):
+    """What the label names, or the same at sizes that suit models of no size."""
+    return config_named(label).replace(**TINY_CHANGES if tiny else {})
 
 
 def baseline(run, name):
@@ -103,12 +102,19 @@ def warm_ups(kinds):
     return list({kind.split()[0]: kind for kind in kinds[: reuse + 1]}.values())
 
 
+def key_of(kind, preset, config):
+    """Under what a kind of step is kept; dense ones of a precision are alike in all presets."""
+    if kind != "dense":
+        return f"{preset} {kind}"
+    return "ours dense" if config.dense_precision == "full" else "ours dense, fp8"
+
+
 def sample(run, preset, config, steps, record):
     """Time the first step of each kind, in order, until there are enough samples of all."""
     record.follow(preset, config.to_dict())
     kinds = plan(config, steps)
     first = {kind: kinds.index(kind) for kind in kinds}
-    keys = {kind: f"ours {kind}" if kind == "dense" else f"{preset} {kind}" for kind in first}
+    keys = {kind: key_of(kind, preset, config) for kind in first}
     if not any(map(record.lacks, keys.values())):
         return
     # Dense steps cost most and are the same with every preset.
@@ -138,7 +144,7 @@ def composed(run, preset, config, steps, record):
     """Seconds of a whole run, from its steps: of each baseline, and ours."""
     ms = {key: statistics.median(samples) for key, samples in record.data["ms"].items()}
     kinds = plan(config, steps)
-    ours = sum(ms["ours dense" if kind == "dense" else f"{preset} {kind}"] for kind in kinds)
+    ours = sum(ms[key_of(kind, preset, config)] for kind in kinds)
     seconds = {name: steps * ms[name] for name in baselines_of(run)} | {"ours": ours}
     return {name: value / 1000 for name, value in seconds.items()}
 
@@ -182,7 +188,8 @@ def benchmark(model, name, args):
     """Measure one model, as far as time allows, and print what is complete."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     changes = TINY_CHANGES if args.tiny else {}
-    configs = {preset: config_of(preset, args.tiny) for preset in args.presets}
+    labels = [f"{preset}, fp8" if args.fp8 else preset for preset in args.presets]
+    configs = {label: config_of(label, args.tiny) for label in labels}
     record = Record(args.output, name, args.deadline, args.iters)
     record.check_time()
     torch.manual_seed(0)
@@ -220,6 +227,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="what to time")
     add("--presets", nargs="+", choices=list_presets(), default=["paper"], help="of DFSAttn")
+    add("--fp8", action="store_true", help="the presets with attention in 8 bits, dense and sparse")
     add("--steps", type=int, default=50, help="denoising steps of a whole run")
     add("--iters", type=int, default=3, help="samples of each kind of step")
     add("--seconds", type=float, default=540, help="begin nothing new after so long")

@@ -10,6 +10,14 @@ from pathlib import Path
 
 import torch
 
+from dfsattn_diffusers.configs import DFSAttnConfig, resolve_config
+
+
+def config_named(label):
+    """A preset, or one "PRESET, fp8" with attention in 8 bits, dense and sparse."""
+    preset, _, fp8 = label.partition(", ")
+    return resolve_config(preset, **dict(precision=fp8, dense_precision=fp8) if fp8 else {})
+
 
 def milliseconds(function, iterations, warmup=3, before=None):
     """Median time of a call after `warmup` calls: CUDA events, or the clock where no GPU is.
@@ -83,7 +91,8 @@ class Record:
     def follow(self, name, settings):
         """Drop what was measured under this name with other settings."""
         known = self.data.setdefault("settings", {})
-        if known.get(name) == settings:
+        # Fields that came later have their defaults.
+        if name in known and DFSAttnConfig.from_dict(known[name]).to_dict() == settings:
             return
         known[name] = settings
         ms = self.data["ms"]

@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from statistics import mean
 
+from benchmark_tools import config_named
 from fidelity_report import HEADER, drawing, groups, rows_of, title_of, usual_steps
 
 from dfsattn_diffusers import list_presets
@@ -238,7 +239,7 @@ def model_runs():
     path = ROOT / "benchmarks" / "model.json"
     for name, record in json.loads(path.read_text()).items() if path.exists() else ():
         for preset, seconds in record.get("composed_s", {}).items():
-            if resolve_config(record["settings"][preset]) == resolve_config(preset):
+            if resolve_config(record["settings"][preset]) == config_named(preset):
                 yield name, record, preset, seconds
 
 
@@ -268,7 +269,7 @@ def speed():
     """Each model's fastest preset, where an H200 ran it."""
     timed = {}
     for name, record, preset, seconds in model_runs():
-        if record["gpu"].endswith("H200"):
+        if record["gpu"].endswith("H200") and preset in list_presets():
             timed.setdefault(name, []).append((seconds["ours"], preset, record, seconds))
     rows = []
     for ours, preset, record, seconds in map(min, timed.values()):

@@ -20,13 +20,14 @@ ARROWS = {
     "score": {"kernels"},
     "selection": {"kernels"},
     "attention": {"kernels", "layout", "score", "selection"},
+    "dense": {"configs", "kernels"},
     "schedule": {"configs"},
     "report": set(),
     "memory": {"configs", "kernels", "layout"},
     "state": {
         "configs", "kernels", "layout", "memory", "report", "schedule", "selection", "text",
     },
-    "processors": {"_versions", "attention", "kernels", "layout", "state"},
+    "processors": {"_versions", "attention", "dense", "kernels", "layout", "state"},
     "hook": {"processors", "state", "text"},
     "attachment": {"hook", "processors", "state"},
     "pipeline": {

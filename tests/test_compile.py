@@ -9,10 +9,10 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from tiny_pipelines import FAMILIES, GRID, run, tiny_wan, transformers
 
-from dfsattn_diffusers import DFSAttnConfig, DFSAttnProcessor, enable_dfsattn
+from dfsattn_diffusers import DFSAttnConfig, DFSAttnProcessor, dense, enable_dfsattn
 from dfsattn_diffusers.kernels.prologue import Stream
 from dfsattn_diffusers.layout import TokenGeometry
-from dfsattn_diffusers.processors import LayerProcessor, base
+from dfsattn_diffusers.processors import LayerProcessor
 from dfsattn_diffusers.processors.opaque import opaque_attend
 from dfsattn_diffusers.state import DFSAttnState, Forward, Position
 
@@ -173,7 +173,7 @@ def test_the_users_attention_backend_counts(monkeypatch):
         backends.append(backend)
         return dispatch_attention_fn(*args, backend=backend, **kwargs)
 
-    monkeypatch.setattr(base, "dispatch_attention_fn", dispatch)
+    monkeypatch.setattr(dense, "dispatch_attention_fn", dispatch)
     pipe = tiny_wan()
     enable_dfsattn(pipe, SPARSE)
     compile_blocks(pipe, backend="eager")

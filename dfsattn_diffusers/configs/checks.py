@@ -41,3 +41,15 @@ def check_int(name: str, value: Any, least: int) -> None:
 def _check_is_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number; got {value!r}.")
+
+
+def check_ratios(name: str, ratios: tuple[float, ...]) -> None:
+    """Refuse what is no falling sequence of shares in (0, 1]."""
+    if not ratios:
+        raise ValueError(f"{name} must hold at least one value in (0, 1]; got none.")
+    for ratio in ratios:
+        check_fraction(name, ratio)
+    if any(later > earlier for earlier, later in zip(ratios, ratios[1:])):
+        raise ValueError(
+            f"{name} must not rise along the run; got {ratios}. Put the largest first."
+        )

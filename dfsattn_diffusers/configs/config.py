@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checks import as_tuple, check_flag, check_fraction, check_int, check_number
+from .checks import as_tuple, check_flag, check_fraction, check_int, check_number, check_ratios
 from .files import read_fields, write_fields
 
 ORDERS = ("hilbert3d", "hilbert2d", "hilbert_fw", "hilbert_fh", "cuboid", "raster")
@@ -21,6 +21,7 @@ _CHOICES = {
     "selection": SELECTIONS,
     "tail": TAILS,
     "precision": PRECISIONS,
+    "dense_precision": PRECISIONS,
 }
 
 
@@ -82,6 +83,9 @@ class DFSAttnConfig:
             them. A correction is less close so.
         precision: Of the kept blocks' products: "full", that of the model, or "fp8" (e4m3, on sm89
             and sm90), which is faster and less exact.
+        dense_precision: Of attention that stays dense: "full", by the user's backend, or "fp8", by
+            the kernels, where no mask but that of padding is in the way. Dense steps are most of
+            what fast presets take; what goes wrong there stays in the video.
         backend: Kernel: "auto" or a name from `dfsattn_diffusers.kernels.list_backends()`.
 
     Raises:
@@ -111,6 +115,7 @@ class DFSAttnConfig:
     precision: str = "full"
     backend: str = "auto"
     last_step_dense: bool = False
+    dense_precision: str = "full"
 
     def __post_init__(self):
         sequences = ["keep_ratios", "dense_layers"]
@@ -121,9 +126,9 @@ class DFSAttnConfig:
         check_fraction("dense_fraction", self.dense_fraction, zero_allowed=True)
         check_fraction("refresh_interval", self.refresh_interval)
         check_number("refresh_growth", self.refresh_growth, least=1)
-        _check_ratios("keep_ratios", self.keep_ratios)
+        check_ratios("keep_ratios", self.keep_ratios)
         if self.few_step_ratios is not None:
-            _check_ratios("few_step_ratios", self.few_step_ratios)
+            check_ratios("few_step_ratios", self.few_step_ratios)
         self._check_order()
         if self.refreshes is not None:
             check_int("refreshes", self.refreshes, least=len(self.keep_ratios))
@@ -201,6 +206,11 @@ class DFSAttnConfig:
         """Work for a key that is not kept, relative to one that is: 0 where it is dropped."""
         return 0.0 if self.tail is None else 1 / self.tail_pool
 
+    @property
+    def dense_backend(self) -> str:
+        """The kernel of dense attention: `backend`, or "auto" where that is of other precision."""
+        return self.backend if self.precision == self.dense_precision else "auto"
+
     def per_call(self) -> dict[str, Any]:
         """Fields that every sparse attention call is made with, under their names."""
         names = ("budget", "selection", "tail", "tail_pool", "precision", "backend")
@@ -235,14 +245,3 @@ class DFSAttnConfig:
     def load(cls, path: str | Path) -> DFSAttnConfig:
         """Read a config from a `.json`, `.yaml` or `.yml` file; fields left out keep defaults."""
         return cls.from_dict(read_fields(Path(path)))
-
-
-def _check_ratios(name: str, ratios: tuple[float, ...]) -> None:
-    if not ratios:
-        raise ValueError(f"{name} must hold at least one value in (0, 1]; got none.")
-    for ratio in ratios:
-        check_fraction(name, ratio)
-    if any(later > earlier for earlier, later in zip(ratios, ratios[1:])):
-        raise ValueError(
-            f"{name} must not rise along the run; got {ratios}. Put the largest first."
-        )

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..attention import prepare, sparse_attention
-from ..kernels import BlockMap, block_sparse_attention
+from ..dense import check_kernels, dense_attention
 from ..kernels.prologue import Rotary, Stream, prepare_qkv, reference
 from ..kernels.residual import add_residual, measure_residual
 from ..state import DFSAttnState, Kept
@@ -112,20 +110,18 @@ class LayerProcessor:
         return out
 
     def _attend_dense(self, streams, rotary, attention_mask, mask_is_text_padding) -> Tensor:
-        """Attention by the user's backend; text padding is cut off, since masks cost speed."""
         x = prepare_qkv(streams, rotary, heads_first=False)
-        tokens = kept = x.q.shape[1]
-        text = self.state.forward.text
-        if mask_is_text_padding and text is not None:
-            kept = self.state.forward.geometry.video_tokens + text.longest
-            attention_mask = None if text.shortest == text.longest else attention_mask[..., :kept]
-        out = dispatch_attention_fn(
-            *(part[:, :kept] for part in (x.q, x.k, x.v)),
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
+        forward, padding = self.state.forward, {}
+        if mask_is_text_padding and forward.text is not None:
+            video, text = forward.geometry.video_tokens, forward.text
+            padding = dict(
+                lengths=video + forward.text_lengths(x.q.device), longest=video + text.longest
+            )
+            attention_mask = None if text.shortest == text.longest else attention_mask
+        return dense_attention(
+            x.q, x.k, x.v, self.state.settings, mask=attention_mask, **padding,
+            backend=self._attention_backend, parallel_config=self._parallel_config,
         )
-        return out if kept == tokens else F.pad(out, (0, 0, 0, 0, 0, tokens - kept))
 
     def _check_tokens(self, tokens: int) -> None:
         geometry = self.state.forward.geometry
@@ -139,12 +135,7 @@ class LayerProcessor:
 
     def _check_backend(self, query: Tensor) -> None:
         """Let the kernel do one token in the first step, not fail after all the dense ones."""
-        config, token = self.state.settings, query[:1, :1].transpose(1, 2)
         kind = query.device, query.dtype, query.shape[-1]
-        if kind in self.state.served:
-            return
-        blocks = dict(query_block=config.query_block, key_block=config.key_block)
-        one = BlockMap.full(1, query.shape[2], 1, 1, **blocks, device=query.device)
-        how = dict(precision=config.precision, backend=config.backend)
-        block_sparse_attention(token, token, token, one, **how)
-        self.state.served.add(kind)
+        if kind not in self.state.served:
+            check_kernels(query[:1, :1], self.state.settings)
+            self.state.served.add(kind)

@@ -1,0 +1,97 @@
+"""Dense attention: the user's backend, or 8 bits where they are asked for."""
+
+import pytest
+import torch
+from tiny_pipelines import FAMILIES, run, tiny_wan
+from torch.nn.functional import scaled_dot_product_attention
+
+import dfsattn_diffusers.dense
+from dfsattn_diffusers import DFSAttnConfig, enable_dfsattn
+from dfsattn_diffusers.dense import dense_attention
+from dfsattn_diffusers.kernels import block_sparse_attention
+
+DENSE = DFSAttnConfig(dense_fraction=1.0)
+FP8 = DENSE.replace(precision="fp8", dense_precision="fp8", backend="triton_fp8")
+ON_CUDA = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
+)
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_CUDA)]
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """The torch reference for a kernel in 8 bits, of which no CPU has one."""
+
+    def attention(*args, precision, backend, **kwargs):
+        assert (precision, backend) == ("fp8", "triton_fp8")
+        return block_sparse_attention(*args, **kwargs, backend="reference")
+
+    monkeypatch.setattr(dfsattn_diffusers.dense, "block_sparse_attention", attention)
+
+
+def qkv(device, tokens=300):
+    generator = torch.Generator().manual_seed(0)
+    shape = 2, tokens, 3, 64
+    x = (torch.randn(shape, generator=generator).to(device, torch.float16) for _ in "qkv")
+    return list(x)
+
+
+def exact(x, mask=None):
+    q, k, v = (part.transpose(1, 2).double() for part in x)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def error(got, wanted):
+    return (got - wanted).norm() / wanted.norm()
+
+
+@pytest.mark.parametrize("lengths", [(300, 300), (290, 290), (290, 140), (129, 260)])
+@pytest.mark.parametrize("config, most", [(DENSE, 2e-3), (FP8, 0.08)], ids=["full", "fp8"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_padding_is_not_seen(request, device, config, most, lengths):
+    if device == "cpu":
+        request.getfixturevalue("stand_in")
+    x, longest = qkv(device), max(lengths)
+    rows = torch.tensor(lengths, dtype=torch.int32, device=device)
+    real = torch.arange(300, device=device) < rows[:, None]
+    mask = None if len(set(lengths)) == 1 else real[:, None, None]
+    for part in x:
+        part[~real] = 9.0  # a mask does not hide NaN from the user's backend
+    out = dense_attention(*x, config, mask=mask, lengths=rows, longest=longest)
+    wanted = exact(x, real[:, None, None])
+    assert out.shape == wanted.shape and (out[:, longest:] == 0).all()
+    for row, length in enumerate(lengths):
+        got = out[row, :length]
+        assert 0 < error(got, wanted[row, :length]) < most
+        # Not as if each row had all keys that the longest one has.
+        if length < longest:
+            assert error(got, exact([part[:, :longest] for part in x])[row, :length]) > 2 * most
+
+
+def test_other_masks_are_for_the_users_backend():
+    x, mask = qkv("cpu"), torch.rand(2, 1, 300, 300) < 0.5
+    assert error(dense_attention(*x, FP8, mask=mask), exact(x, mask)) < 2e-3
+
+
+def test_a_kernel_of_other_precision_is_left_to_the_sparse_steps():
+    assert FP8.dense_backend == "triton_fp8"
+    assert FP8.replace(precision="full", backend="triton").dense_backend == "auto"
+
+
+def test_where_no_kernel_has_fp8_it_is_refused_before_any_step():
+    pipe, steps = tiny_wan(), []
+    enable_dfsattn(pipe, DENSE, dense_precision="fp8")
+    with pytest.raises(ValueError, match="dense_precision='fp8': .* cpu"):
+        run(pipe, callback_on_step_end=lambda *a: steps.append(1) or {})
+    assert not steps
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_CUDA)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_steps_in_fp8(family, device):
+    pipe = FAMILIES[family](head_dim=64).to(device, torch.bfloat16)
+    stock = run(pipe).float()
+    with enable_dfsattn(pipe, DENSE, dense_precision="fp8"):
+        fp8 = run(pipe).float()
+    assert 0 < error(fp8, stock) < 0.1

@@ -237,12 +237,16 @@ def test_the_documents_table_comes_from_the_data(load, tmp_path, monkeypatch):
 
     faster = seconds | {"ours": 200.0}
     h200 = record | dict(gpu="NVIDIA H200", source="maker/Video-Diffusers")
-    h200 |= dict(settings={"paper": {}, "turbo": docs.resolve_config("turbo").to_dict()})
-    data["video"] = h200 | {"composed_s": {"paper": seconds, "turbo": faster}}
+    h200["settings"] = {
+        label: docs.config_named(label).to_dict() for label in ("paper", "turbo", "turbo, fp8")
+    }
+    # The fastest preset by itself, and in 8 bits beside it.
+    eight = seconds | {"ours": 150.0}
+    data["video"] = h200 | {"composed_s": {"paper": seconds, "turbo": faster, "turbo, fp8": eight}}
     (tmp_path / "benchmarks" / "model.json").write_text(json.dumps(data))
     _, _, *rows = docs.speed().splitlines()
     cells = "Video", "129 x 720 x 1280", "15.0 min", "8.3 min", "**3.3 min** (`turbo`)", "x 4.5"
-    assert rows == [f"| {' | '.join(cells)} |"]
+    assert rows == [f"| {' | '.join(cells)} | 2.5 min (x 6.0) |"]
 
 
 @pytest.mark.parametrize("model", ["hunyuan-720p", "wan-480p", "cogvideox-5b"])

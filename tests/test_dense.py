@@ -5,6 +5,7 @@ import torch
 from tiny_pipelines import FAMILIES, run, tiny_wan
 from torch.nn.functional import scaled_dot_product_attention
 
+import dfsattn_diffusers.attention
 import dfsattn_diffusers.dense
 from dfsattn_diffusers import DFSAttnConfig, enable_dfsattn
 from dfsattn_diffusers.dense import dense_attention
@@ -77,6 +78,29 @@ def test_other_masks_are_for_the_users_backend():
 def test_a_kernel_of_other_precision_is_left_to_the_sparse_steps():
     assert FP8.dense_backend == "triton_fp8"
     assert FP8.replace(precision="full", backend="triton").dense_backend == "auto"
+
+
+def test_corrections_are_measured_without_the_errors_of_8_bits(monkeypatch):
+    used = []
+
+    def attention(*args, precision, backend, **kwargs):
+        used.append((precision, backend))
+        return block_sparse_attention(*args, **kwargs, backend="reference")
+
+    for module in (dfsattn_diffusers.attention, dfsattn_diffusers.dense):
+        monkeypatch.setattr(module, "block_sparse_attention", attention)
+    pipe = tiny_wan()
+    sparse = DFSAttnConfig(
+        dense_fraction=0, keep_ratios=(0.3,), tile_size=8, query_block=32, key_block=32,
+        precision="fp8", backend="triton_fp8",
+    )
+    for pool, refresh in ((None, ("fp8", "triton_fp8")), (8, ("full", "auto"))):
+        used.clear()
+        with enable_dfsattn(pipe, sparse, residual_pool=pool):
+            run(pipe, steps=2)
+        assert used.pop(0) == ("fp8", "triton_fp8")  # one token, before anything else
+        half = len(used) // 2
+        assert set(used[:half]) == {refresh} and set(used[half:]) == {("fp8", "triton_fp8")}
 
 
 def test_where_no_kernel_has_fp8_it_is_refused_before_any_step():

@@ -211,10 +211,17 @@ class DFSAttnConfig:
         """The kernel of dense attention: `backend`, or "auto" where that is of other precision."""
         return self.backend if self.precision == self.dense_precision else "auto"
 
-    def per_call(self) -> dict[str, Any]:
-        """Fields that every sparse attention call is made with, under their names."""
+    def per_call(self, exact: bool = False) -> dict[str, Any]:
+        """Fields that every sparse attention call is made with, under their names.
+
+        `exact`: where a correction is measured, which would repeat the errors of 8 bits until the
+        next one.
+        """
         names = ("budget", "selection", "tail", "tail_pool", "precision", "backend")
-        return {name: getattr(self, name) for name in names}
+        fields = {name: getattr(self, name) for name in names}
+        if exact and self.precision != "full":
+            fields |= dict(precision="full", backend="auto")
+        return fields
 
     def replace(self, **changes: Any) -> DFSAttnConfig:
         """A copy with some fields changed; an unknown name raises `ValueError`."""

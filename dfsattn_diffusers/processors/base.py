@@ -95,7 +95,9 @@ class LayerProcessor:
         now = dict(text_lengths=text, keep_ratio=decision.keep_ratio)
         x = prepare(streams, layout, rotary, scored=not reuse, choice=kept.choice, **now)
         block_map = kept.packed.unpack() if reuse else None
-        out, selected = sparse_attention(x, layout, block_map, **now, **config.per_call())
+        out, selected = sparse_attention(
+            x, layout, block_map, **now, **config.per_call(exact=exact is not None)
+        )
         if selected is not None:
             block_map, residual = selected.block_map, None
             if exact is not None:

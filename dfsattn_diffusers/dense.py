@@ -51,6 +51,11 @@ def dense_attention(
     return F.pad(out, (0, 0, 0, 0, 0, missing)) if missing else out
 
 
+def kernel_of(config: DFSAttnConfig) -> str:
+    """The backend for dense attention: the config's, or "auto" where that is of other precision."""
+    return config.backend if config.precision == config.dense_precision else "auto"
+
+
 def _by_kernel(q, k, v, config: DFSAttnConfig, lengths: Tensor | None) -> Tensor:
     batch, tokens, heads, _ = q.shape
     query_block, key_block = config.query_block, config.key_block
@@ -64,7 +69,7 @@ def _by_kernel(q, k, v, config: DFSAttnConfig, lengths: Tensor | None) -> Tensor
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     block_sparse_attention(
         *(x.transpose(1, 2) for x in (q, k, v)), block_map, key_lengths=lengths,
-        out=out.transpose(1, 2), precision=config.dense_precision, backend=config.dense_backend,
+        out=out.transpose(1, 2), precision=config.dense_precision, backend=kernel_of(config),
     )
     return out
 

@@ -217,6 +217,17 @@ def test_a_preset_is_added_up_though_time_is_up_for_the_next(load, tmp_path, mon
     assert set(json.loads(output.read_text())["wan-480p"]["composed_s"]) == {"paper"}
 
 
+def test_dense_steps_are_shared_by_presets_of_one_precision(load):
+    benchmark = load("benchmark_model")
+
+    def keys(label):
+        config = benchmark.config_of(label, tiny=True)
+        return [benchmark.key_of(kind, label, config) for kind in ("dense", "reuse 0.1")]
+
+    assert keys("paper") == ["ours dense", "paper reuse 0.1"]
+    assert keys("turbo, fp8") == ["ours dense, fp8", "turbo, fp8 reuse 0.1"]
+
+
 def test_the_documents_table_comes_from_the_data(load, tmp_path, monkeypatch):
     docs = load("update_docs")
     monkeypatch.setattr(docs, "ROOT", tmp_path)

@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import dfsattn_diffusers.attention
 import dfsattn_diffusers.dense
 from dfsattn_diffusers import DFSAttnConfig, enable_dfsattn
-from dfsattn_diffusers.dense import dense_attention
+from dfsattn_diffusers.dense import dense_attention, kernel_of
 from dfsattn_diffusers.kernels import block_sparse_attention
 
 DENSE = DFSAttnConfig(dense_fraction=1.0)
@@ -76,8 +76,8 @@ def test_other_masks_are_for_the_users_backend():
 
 
 def test_a_kernel_of_other_precision_is_left_to_the_sparse_steps():
-    assert FP8.dense_backend == "triton_fp8"
-    assert FP8.replace(precision="full", backend="triton").dense_backend == "auto"
+    assert kernel_of(FP8) == "triton_fp8"
+    assert kernel_of(FP8.replace(precision="full", backend="triton")) == "auto"
 
 
 def test_corrections_are_measured_without_the_errors_of_8_bits(monkeypatch):

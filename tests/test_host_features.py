@@ -19,8 +19,8 @@ from diffusers import (
 from PIL import Image
 from tiny_pipelines import FAMILIES, PROMPT, TEXT_LENGTH, run, tiny_hunyuan_video, tiny_wan
 
-from dfsattn_diffusers import DFSAttnConfig, disable_dfsattn, enable_dfsattn
-from dfsattn_diffusers.processors import adapter_for, base
+from dfsattn_diffusers import DFSAttnConfig, dense, disable_dfsattn, enable_dfsattn
+from dfsattn_diffusers.processors import adapter_for
 from dfsattn_diffusers.text import TextReader
 
 BLOCKS = dict(tile_size=8, query_block=32, key_block=32)
@@ -327,13 +327,13 @@ def test_hunyuan_video_from_images(kind, channels, text_length):
 def test_dense_steps_cut_text_padding_off(lengths, monkeypatch):
     """Without a mask where the rows are equally long, with as little as can be where not."""
     pipe = tiny_hunyuan_video()
-    seen, real = [], base.dispatch_attention_fn
+    seen, real = [], dense.dispatch_attention_fn
 
     def spy(query, key, value, attn_mask=None, **settings):
         seen.append((query.shape[1], key.shape[1], attn_mask))
         return real(query, key, value, attn_mask=attn_mask, **settings)
 
-    monkeypatch.setattr(base, "dispatch_attention_fn", spy)
+    monkeypatch.setattr(dense, "dispatch_attention_fn", spy)
     denoiser, (frames, height, width) = pipe.transformer, (5, 9, 11)
     config = denoiser.config
     make = torch.Generator().manual_seed(0)

@@ -206,11 +206,6 @@ class DFSAttnConfig:
         """Work for a key that is not kept, relative to one that is: 0 where it is dropped."""
         return 0.0 if self.tail is None else 1 / self.tail_pool
 
-    @property
-    def dense_backend(self) -> str:
-        """The kernel of dense attention: `backend`, or "auto" where that is of other precision."""
-        return self.backend if self.precision == self.dense_precision else "auto"
-
     def per_call(self, exact: bool = False) -> dict[str, Any]:
         """Fields that every sparse attention call is made with, under their names.
 

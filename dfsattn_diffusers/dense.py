@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .configs import DFSAttnConfig
 from .kernels import BlockMap, block_sparse_attention
+from .text import TextLengths
 
 
 def dense_attention(
@@ -20,43 +21,43 @@ def dense_attention(
     config: DFSAttnConfig,
     *,
     mask: Tensor | None = None,
-    lengths: Tensor | None = None,
-    longest: int | None = None,
+    text: TextLengths | None = None,
+    video_tokens: int = 0,
     **dispatch: Any,
 ) -> Tensor:
     """Softmax attention of every query over every key.
 
     Args:
-        q, k, v: `[B, N, H, D]`, rows with padding at their end.
+        q, k, v: `[B, N, H, D]`.
         config: Whether the kernels do it, and how.
         mask: `[B, 1, 1 or N, N]` as the user's backend takes it; None for none.
-        lengths: `[B]` int32 tokens that are no padding, on q's device, where the mask says no more
-            than they do; None for all, or where the mask says more.
-        longest: Of the lengths, on the host. What is behind it is cut off, and with it the mask if
-            all rows are as long, since masks cost speed.
+        text: Real tokens behind the video's, where the mask says no more than that; the padding
+            behind the longest is cut off, and the mask if no other is left, since masks cost speed.
+        video_tokens: Tokens ahead of the text.
         **dispatch: How diffusers calls the user's backend.
 
     Returns:
-        `[B, N, H, D]`, 0 behind `longest`.
+        `[B, N, H, D]`, 0 where padding was cut off.
     """
     tokens = q.shape[1]
-    q, k, v = (x[:, :longest] for x in (q, k, v))
-    if config.dense_precision == "full" or (mask is not None and lengths is None):
-        if longest is not None and mask is not None:
-            mask = mask[..., :longest]
+    if text is not None:
+        longest = video_tokens + text.longest
+        q, k, v = (x[:, :longest] for x in (q, k, v))
+        mask = None if text.shortest == text.longest else mask[..., :longest]
+    if config.dense_precision == "full" or (mask is not None and text is None):
         out = dispatch_attention_fn(q, k, v, attn_mask=mask, **dispatch)
     else:
-        out = _by_kernel(q, k, v, config, lengths if mask is not None else None)
+        lengths = None if mask is None else video_tokens + text.rows.to(q.device)
+        out = _by_kernel(q, k, v, config, config.dense_precision, lengths)
     missing = tokens - out.shape[1]
     return F.pad(out, (0, 0, 0, 0, 0, missing)) if missing else out
 
 
-def kernel_of(config: DFSAttnConfig) -> str:
-    """The backend for dense attention: the config's, or "auto" where that is of other precision."""
-    return config.backend if config.precision == config.dense_precision else "auto"
-
-
-def _by_kernel(q, k, v, config: DFSAttnConfig, lengths: Tensor | None) -> Tensor:
+def _by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, config: DFSAttnConfig, precision: str,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """By the config's kernel of this precision; `lengths`: `[B]` real tokens, None for all."""
     batch, tokens, heads, _ = q.shape
     query_block, key_block = config.query_block, config.key_block
     starts = torch.arange(0, tokens, key_block, dtype=torch.int32, device=q.device)
@@ -69,21 +70,16 @@ def _by_kernel(q, k, v, config: DFSAttnConfig, lengths: Tensor | None) -> Tensor
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     block_sparse_attention(
         *(x.transpose(1, 2) for x in (q, k, v)), block_map, key_lengths=lengths,
-        out=out.transpose(1, 2), precision=config.dense_precision, backend=kernel_of(config),
+        out=out.transpose(1, 2), **config.kernel(precision),
     )
     return out
 
 
-def check_kernels(query: Tensor, config: DFSAttnConfig) -> None:
+def check_kernels(token: Tensor, config: DFSAttnConfig) -> None:
     """Let the kernels that a run will need do one token, `[1, 1, H, D]`, rather than fail late."""
-    blocks = dict(query_block=config.query_block, key_block=config.key_block)
-    token = query.transpose(1, 2)
-    one = BlockMap.full(1, token.shape[1], 1, 1, **blocks, device=query.device)
-    block_sparse_attention(
-        token, token, token, one, precision=config.precision, backend=config.backend
-    )
+    _by_kernel(token, token, token, config, config.precision)
     if config.dense_precision != "full":
         try:
-            _by_kernel(query, query, query, config, None)
+            _by_kernel(token, token, token, config, config.dense_precision)
         except ValueError as error:
             raise ValueError(f"dense_precision={config.dense_precision!r}: {error}") from None

@@ -22,7 +22,7 @@ from statistics import mean
 
 import diffusers
 import torch
-from benchmark_tools import about, write_json
+from benchmark_tools import about, completed, write_json
 from fidelity_report import print_table
 from fidelity_variants import VARIANTS
 from procedural_clips import PLAIN, ClipSource
@@ -241,11 +241,6 @@ def config_of(variant):
     if variant.preset is None:
         return None
     return resolve_config(variant.preset, **variant.changes).to_dict()
-
-
-def completed(config):
-    """A run's config, with the defaults of fields that came later."""
-    return None if config is None else resolve_config(config).to_dict()
 
 
 def format_grid(grid):

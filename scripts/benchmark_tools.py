@@ -10,13 +10,21 @@ from pathlib import Path
 
 import torch
 
-from dfsattn_diffusers.configs import DFSAttnConfig, resolve_config
+from dfsattn_diffusers.configs import resolve_config
+
+# All attention in 8 bits, dense and sparse.
+FP8 = dict(precision="fp8", dense_precision="fp8")
 
 
 def config_named(label):
-    """A preset, or one "PRESET, fp8" with attention in 8 bits, dense and sparse."""
-    preset, _, fp8 = label.partition(", ")
-    return resolve_config(preset, **dict(precision=fp8, dense_precision=fp8) if fp8 else {})
+    """A preset, or one in 8 bits: "PRESET, fp8"."""
+    preset, _, change = label.partition(", ")
+    return resolve_config(preset, **{"": {}, "fp8": FP8}[change])
+
+
+def completed(config):
+    """A config as it was written, with the defaults of fields that came later."""
+    return None if config is None else resolve_config(config).to_dict()
 
 
 def milliseconds(function, iterations, warmup=3, before=None):
@@ -91,8 +99,7 @@ class Record:
     def follow(self, name, settings):
         """Drop what was measured under this name with other settings."""
         known = self.data.setdefault("settings", {})
-        # Fields that came later have their defaults.
-        if name in known and DFSAttnConfig.from_dict(known[name]).to_dict() == settings:
+        if completed(known.get(name)) == settings:
             return
         known[name] = settings
         ms = self.data["ms"]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from benchmark_tools import FP8
 from rivals import RIVALS
 
 from dfsattn_diffusers import list_presets
@@ -45,7 +46,6 @@ _MEAN = dict(tail="mean", tail_pool=32, budget="layer", selection="error")
 _MOMENT = dict(_MEAN, tail="moment")
 _BEST = dict(_MEAN, key_block=64)
 _SHARED = dict(share_maps_across_branches=True)
-_FP8 = dict(precision="fp8", dense_precision="fp8")
 # A curve for each head.
 _CURVES = dict(order=("hilbert3d", "hilbert2d", "hilbert_fw", "hilbert_fh"))
 _HEADS = dict(_MEAN, **_CURVES)
@@ -138,8 +138,8 @@ VARIANTS = {
     # The presets as they are.
     **{f"preset {name}": _preset(name) for name in _PRESETS},
     # Attention in 8 bits: all of a dense run, or dense and sparse steps of presets.
-    "dense, 8 bits": _ours(dense_fraction=1.0, **_FP8),
-    **{f"preset {name}, 8 bits": _preset(name, **_FP8) for name in ("fast", "turbo")},
+    "dense, 8 bits": _ours(dense_fraction=1.0, **FP8),
+    **{f"preset {name}, 8 bits": _preset(name, **FP8) for name in ("fast", "turbo")},
     # In short runs.
     **{
         f"preset {name}, {steps} steps": Variant(

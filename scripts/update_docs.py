@@ -267,18 +267,19 @@ def models():
 
 def speed():
     """Each model's fastest preset, where an H200 ran it."""
-    timed = {}
+    timed, took = {}, {}
     for name, record, preset, seconds in model_runs():
+        took[name, preset] = seconds["ours"]
         if record["gpu"].endswith("H200") and preset in list_presets():
             timed.setdefault(name, []).append((seconds["ours"], preset, record, seconds))
-    fp8 = {(name, preset): seconds["ours"] for name, _, preset, seconds in model_runs()}
     rows = []
-    for name, (ours, preset, record, seconds) in zip(timed, map(min, timed.values())):
+    for name, runs in timed.items():
+        ours, preset, record, seconds = min(runs)
         shipped = seconds.get("dense, as shipped", seconds["dense"])
         cudnn = seconds["dense, cuDNN"]
         source = record["source"].split("/")[-1].removesuffix("-Diffusers")
         row = [source, size_of(record), f"{shipped / 60:.1f} min", f"{cudnn / 60:.1f} min"]
-        eight = fp8.get((name, f"{preset}, fp8"))
+        eight = took.get((name, f"{preset}, fp8"))
         eight = f"{eight / 60:.1f} min (x {shipped / eight:.1f})" if eight else ""
         row += [f"**{ours / 60:.1f} min** (`{preset}`)", f"x {shipped / ours:.1f}", eight]
         rows.append(row)

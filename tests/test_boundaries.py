@@ -20,7 +20,7 @@ ARROWS = {
     "score": {"kernels"},
     "selection": {"kernels"},
     "attention": {"kernels", "layout", "score", "selection"},
-    "dense": {"configs", "kernels"},
+    "dense": {"configs", "kernels", "text"},
     "schedule": {"configs"},
     "report": set(),
     "memory": {"configs", "kernels", "layout"},

@@ -8,8 +8,9 @@ from torch.nn.functional import scaled_dot_product_attention
 import dfsattn_diffusers.attention
 import dfsattn_diffusers.dense
 from dfsattn_diffusers import DFSAttnConfig, enable_dfsattn
-from dfsattn_diffusers.dense import dense_attention, kernel_of
+from dfsattn_diffusers.dense import dense_attention
 from dfsattn_diffusers.kernels import block_sparse_attention
+from dfsattn_diffusers.text import TextLengths
 
 DENSE = DFSAttnConfig(dense_fraction=1.0)
 FP8 = DENSE.replace(precision="fp8", dense_precision="fp8", backend="triton_fp8")
@@ -22,13 +23,16 @@ DEVICES = ["cpu", pytest.param("cuda", marks=ON_CUDA)]
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """The torch reference for a kernel in 8 bits, of which no CPU has one."""
+    """The torch reference for a kernel in 8 bits, of which no CPU has one; what was asked for."""
+    used = []
 
     def attention(*args, precision, backend, **kwargs):
-        assert (precision, backend) == ("fp8", "triton_fp8")
+        used.append((precision, backend))
         return block_sparse_attention(*args, **kwargs, backend="reference")
 
-    monkeypatch.setattr(dfsattn_diffusers.dense, "block_sparse_attention", attention)
+    for module in (dfsattn_diffusers.attention, dfsattn_diffusers.dense):
+        monkeypatch.setattr(module, "block_sparse_attention", attention)
+    return used
 
 
 def qkv(device, tokens=300):
@@ -51,15 +55,15 @@ def error(got, wanted):
 @pytest.mark.parametrize("config, most", [(DENSE, 2e-3), (FP8, 0.08)], ids=["full", "fp8"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_padding_is_not_seen(request, device, config, most, lengths):
-    if device == "cpu":
-        request.getfixturevalue("stand_in")
+    used = request.getfixturevalue("stand_in") if device == "cpu" else None
     x, longest = qkv(device), max(lengths)
     rows = torch.tensor(lengths, dtype=torch.int32, device=device)
     real = torch.arange(300, device=device) < rows[:, None]
-    mask = None if len(set(lengths)) == 1 else real[:, None, None]
+    text = TextLengths(rows, min(lengths), longest)
     for part in x:
         part[~real] = 9.0  # a mask does not hide NaN from the user's backend
-    out = dense_attention(*x, config, mask=mask, lengths=rows, longest=longest)
+    out = dense_attention(*x, config, mask=real[:, None, None], text=text)
+    assert used in (None, [] if config is DENSE else [("fp8", "triton_fp8")])
     wanted = exact(x, real[:, None, None])
     assert out.shape == wanted.shape and (out[:, longest:] == 0).all()
     for row, length in enumerate(lengths):
@@ -76,34 +80,27 @@ def test_other_masks_are_for_the_users_backend():
 
 
 def test_a_kernel_of_other_precision_is_left_to_the_sparse_steps():
-    assert kernel_of(FP8) == "triton_fp8"
-    assert kernel_of(FP8.replace(precision="full", backend="triton")) == "auto"
+    assert FP8.kernel(FP8.dense_precision)["backend"] == "triton_fp8"
+    other = FP8.replace(precision="full", backend="triton")
+    assert other.kernel(other.dense_precision)["backend"] == "auto"
 
 
-def test_corrections_are_measured_without_the_errors_of_8_bits(monkeypatch):
-    used = []
-
-    def attention(*args, precision, backend, **kwargs):
-        used.append((precision, backend))
-        return block_sparse_attention(*args, **kwargs, backend="reference")
-
-    for module in (dfsattn_diffusers.attention, dfsattn_diffusers.dense):
-        monkeypatch.setattr(module, "block_sparse_attention", attention)
+def test_corrections_are_measured_without_the_errors_of_8_bits(stand_in):
     pipe = tiny_wan()
     sparse = DFSAttnConfig(
         dense_fraction=0, keep_ratios=(0.3,), tile_size=8, query_block=32, key_block=32,
         precision="fp8", backend="triton_fp8",
     )
     for pool, refresh in ((None, ("fp8", "triton_fp8")), (8, ("full", "auto"))):
-        used.clear()
+        stand_in.clear()
         with enable_dfsattn(pipe, sparse, residual_pool=pool):
             run(pipe, steps=2)
-        assert used.pop(0) == ("fp8", "triton_fp8")  # one token, before anything else
-        half = len(used) // 2
-        assert set(used[:half]) == {refresh} and set(used[half:]) == {("fp8", "triton_fp8")}
+        assert stand_in.pop(0) == ("fp8", "triton_fp8")  # one token, before anything else
+        half = len(stand_in) // 2
+        assert set(stand_in[:half]) == {refresh} and set(stand_in[half:]) == {("fp8", "triton_fp8")}
 
 
-def test_where_no_kernel_has_fp8_it_is_refused_before_any_step():
+def test_where_no_kernel_has_fp8_it_is_refstand_in_before_any_step():
     pipe, steps = tiny_wan(), []
     enable_dfsattn(pipe, DENSE, dense_precision="fp8")
     with pytest.raises(ValueError, match="dense_precision='fp8': .* cpu"):

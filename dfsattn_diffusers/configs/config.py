@@ -206,17 +206,18 @@ class DFSAttnConfig:
         """Work for a key that is not kept, relative to one that is: 0 where it is dropped."""
         return 0.0 if self.tail is None else 1 / self.tail_pool
 
+    def kernel(self, precision: str) -> dict[str, str]:
+        """Which kernel has products of this precision: `backend` where it is `precision`'s."""
+        backend = self.backend if precision == self.precision else "auto"
+        return dict(precision=precision, backend=backend)
+
     def per_call(self, exact: bool = False) -> dict[str, Any]:
         """Fields that every sparse attention call is made with, under their names.
 
-        `exact`: where a correction is measured, which would repeat the errors of 8 bits until the
-        next one.
+        `exact`: for a correction, which would repeat the errors of 8 bits until the next one.
         """
-        names = ("budget", "selection", "tail", "tail_pool", "precision", "backend")
-        fields = {name: getattr(self, name) for name in names}
-        if exact and self.precision != "full":
-            fields |= dict(precision="full", backend="auto")
-        return fields
+        fields = {x: getattr(self, x) for x in ("budget", "selection", "tail", "tail_pool")}
+        return fields | self.kernel("full" if exact else self.precision)
 
     def replace(self, **changes: Any) -> DFSAttnConfig:
         """A copy with some fields changed; an unknown name raises `ValueError`."""

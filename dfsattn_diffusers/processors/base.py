@@ -113,15 +113,11 @@ class LayerProcessor:
 
     def _attend_dense(self, streams, rotary, attention_mask, mask_is_text_padding) -> Tensor:
         x = prepare_qkv(streams, rotary, heads_first=False)
-        forward, padding = self.state.forward, {}
-        if mask_is_text_padding and forward.text is not None:
-            video, text = forward.geometry.video_tokens, forward.text
-            padding = dict(
-                lengths=video + forward.text_lengths(x.q.device), longest=video + text.longest
-            )
-            attention_mask = None if text.shortest == text.longest else attention_mask
+        forward = self.state.forward
         return dense_attention(
-            x.q, x.k, x.v, self.state.settings, mask=attention_mask, **padding,
+            x.q, x.k, x.v, self.state.settings, mask=attention_mask,
+            text=forward.text if mask_is_text_padding else None,
+            video_tokens=forward.geometry.video_tokens,
             backend=self._attention_backend, parallel_config=self._parallel_config,
         )
 

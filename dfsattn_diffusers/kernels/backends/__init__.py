@@ -89,8 +89,14 @@ def refused_size(call: AttentionCall, dtypes: Iterable[torch.dtype]) -> str | No
 
 def list_backends() -> list[str]:
     """Names of all backends, whether this machine can run them or not."""
+    return list(_names())
+
+
+@cache
+def _names() -> tuple[str, ...]:
+    # Once: to look through the folder takes longer than to launch a kernel.
     names = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name for name in names if not name.startswith("_"))
+    return tuple(sorted(name for name in names if not name.startswith("_")))
 
 
 @cache

@@ -75,7 +75,7 @@ def sparse_kernels(extra_settings, dtype):
         for name in list_backends()
         if name != "reference" and load_backend(name).why_not(as_call(small)) is None
     }
-    kernels |= {name + TAIL: kernel for name, kernel in kernels.items() if "fp8" not in name}
+    kernels |= {name + TAIL: kernel for name, kernel in kernels.items()}
     kernels["ours: triton, pointers"] = launched(lambda table: replace(table, tma=False))
     for settings in extra_settings:
         *numbers, tma = astuple(settings)

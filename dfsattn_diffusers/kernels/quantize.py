@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch.nn import functional as F
 
 from .block_map import block_lengths
 from .fast import fast
+
+if TYPE_CHECKING:
+    from .tail import Tail
 
 # The largest number of e4m3.
 LARGEST = 448.0
@@ -78,14 +82,39 @@ def quantize(
     Source: SageAttention 2, Zhang et al., arXiv 2411.10958 (smoothed keys, per-block scales);
         FlashAttention-3, Shah et al., arXiv 2407.08608 (values with keys contiguous).
     """
-    lengths = block_lengths(k, key_block, key_lengths)
+    lengths = None if key_lengths is None else block_lengths(k, key_block, key_lengths)
     kernels = _kernels_for(q, k, v, query_block, key_block)
     if key_mean is None:
-        sums = (kernels.sum_blocks if kernels else sum_blocks)(k, lengths, key_block)
-        count = ((lengths + SAMPLE - 1) // SAMPLE).sum(1).clamp(min=1)
-        key_mean = sums.sum(2) / count[:, None, None]
-    make = kernels.quantize if kernels else _quantize
-    return make(q, k, v, query_block, key_block, lengths, key_mean, interleaved)
+        sums = (kernels.sum_blocks if kernels else sum_blocks)(k, lengths, key_block).sum(2)
+        key_mean = sums / _count_sampled(k.shape[2], key_block, lengths)
+    key_mean = key_mean.contiguous()
+    round_queries = kernels.round_queries if kernels else _round_queries
+    round_keys = kernels.round_keys if kernels else _round_keys
+    q8, q_scales, mean_logits = round_queries(q, query_block, key_mean)
+    k8, v8, k_scales, v_scales = round_keys(k, v, key_block, lengths, key_mean, interleaved)
+    return Quantized(q8, k8, v8, q_scales, k_scales, v_scales, key_mean, mean_logits)
+
+
+def quantize_pools(
+    tail: Tail, x: Quantized, *, key_block: int, interleaved: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tail's pools as `quantize` rounds keys and values, `key_block` of them to a scale.
+
+    Args:
+        tail: Pools of the keys and values of `x`.
+        x: Whose mean comes off the pools too, so that they stay in the keys' softmax.
+        key_block, interleaved: As for `quantize`.
+
+    Returns:
+        Keys `[B, H, n * key_block, D]`, values `[B, H, D, n * key_block]`; scales `[B, H, n]`
+        of each.
+    """
+    # An empty pool is 0 and no key: without the mean it would be the largest of its block.
+    mean = x.key_mean[:, :, None].to(tail.keys.dtype)
+    keys = torch.where((tail.bias == float("-inf"))[..., None], mean, tail.keys)
+    kernels = _kernels_for(keys, keys, tail.values, key_block)
+    round_keys = kernels.round_keys if kernels else _round_keys
+    return round_keys(keys, tail.values, key_block, None, x.key_mean, interleaved)
 
 
 def _kernels_for(q: Tensor, k: Tensor, v: Tensor, *blocks: int) -> ModuleType | None:
@@ -97,23 +126,33 @@ def _kernels_for(q: Tensor, k: Tensor, v: Tensor, *blocks: int) -> ModuleType | 
     return fast("quantize_kernels", q) if contiguous and powers else None
 
 
-def sum_blocks(k: Tensor, lengths: Tensor, key_block: int) -> Tensor:
+def _count_sampled(tokens: int, key_block: int, lengths: Tensor | None) -> int | Tensor:
+    """How many tokens `sum_blocks` adds up, or `[B, 1, 1]` where batch rows differ."""
+    if lengths is None:
+        whole, rest = divmod(tokens, key_block)
+        return whole * -(-key_block // SAMPLE) + -(-rest // SAMPLE)
+    return ((lengths + SAMPLE - 1) // SAMPLE).sum(1).clamp(min=1)[:, None, None]
+
+
+def sum_blocks(k: Tensor, lengths: Tensor | None, key_block: int) -> Tensor:
     """Sums of every eighth real token of each block, `[B, H, nK, D]` float32."""
     return _to_blocks(k, key_block, lengths)[:, :, :, ::SAMPLE].sum(3)
 
 
-def _quantize(q, k, v, query_block, key_block, lengths, key_mean, interleaved) -> Quantized:
+def _round_queries(q, query_block, key_mean) -> tuple[Tensor, Tensor, Tensor]:
     queries = _to_blocks(q, query_block)
-    q8, q_scales = _round_blocks(queries)
     mean_logits = (queries @ key_mean[:, :, None, :, None]).flatten(2)
+    return *_round_blocks(queries), mean_logits
+
+
+def _round_keys(k, v, key_block, lengths, key_mean, interleaved) -> tuple[Tensor, ...]:
     k = k.float() - key_mean[:, :, None]
     k8, k_scales = _round_blocks(_to_blocks(k, key_block, lengths))
     v8, v_scales = _round_blocks(_to_blocks(v, key_block, lengths))
     if interleaved:
         # Keys 8 i + 2 j + k of 16 become 4 j + 2 i + k.
         v8 = v8.unflatten(2, (-1, 2, 4, 2)).transpose(3, 4).flatten(2, 5)
-    v8 = v8.transpose(2, 3).contiguous()
-    return Quantized(q8, k8, v8, q_scales, k_scales, v_scales, key_mean, mean_logits)
+    return k8, v8.transpose(2, 3).contiguous(), k_scales, v_scales
 
 
 def _to_blocks(x: Tensor, size: int, lengths: Tensor | None = None) -> Tensor:

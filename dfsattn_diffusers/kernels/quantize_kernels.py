@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .quantize import LARGEST, SAMPLE, SMALLEST, Quantized
+from .quantize import LARGEST, SAMPLE, SMALLEST
 
 _LARGEST, _SMALLEST, _SAMPLE = map(tl.constexpr, (LARGEST, SMALLEST, SAMPLE))
 # The interpreter loses the carry of a rounding: there numbers are rounded before the cast.
@@ -36,13 +36,22 @@ def _load_block(x, o_n, i_b, i_h, i_block, i_length, stride_b, stride_h, stride_
     return tl.load(p_x, mask=(o_n < i_length)[:, None], other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["H"])
-def sum_kernel(x, lengths, out, stride_b, stride_h, stride_n, H,
+@triton.jit
+def _length(lengths, i_b, i_block, N, BLOCK: tl.constexpr):
+    """Real tokens of a block: of `lengths`, or None where every block but the last is full."""
+    i_length = tl.minimum(N - i_block * BLOCK, BLOCK)
+    if lengths is not None:
+        i_length = tl.load(lengths + i_b * tl.num_programs(0) + i_block)
+    return i_length
+
+
+@triton.jit(do_not_specialize=["H", "N"])
+def sum_kernel(x, lengths, out, stride_b, stride_h, stride_n, H, N,
                D: tl.constexpr, BLOCK: tl.constexpr):
     """The sum of every eighth real token of one block."""
     i_block, i_bh = tl.program_id(0), tl.program_id(1)
     i_b, i_h = i_bh // H, i_bh % H
-    i_length = tl.load(lengths + i_b * tl.num_programs(0) + i_block)
+    i_length = _length(lengths, i_b, i_block, N, BLOCK)
     o_n = tl.arange(0, BLOCK // _SAMPLE) * _SAMPLE
     # [BLOCK // _SAMPLE, D]
     b_x = _load_block(
@@ -55,15 +64,13 @@ def sum_kernel(x, lengths, out, stride_b, stride_h, stride_n, H,
 @triton.jit(do_not_specialize=["H", "N"])
 def quantize_kernel(
     x, lengths, mean, out, scales, mean_logits, stride_b, stride_h, stride_n, H, N,
-    D: tl.constexpr, BLOCK: tl.constexpr, HAS_LENGTHS: tl.constexpr, CENTRED: tl.constexpr,
-    WITH_LOGITS: tl.constexpr, TRANSPOSED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr, WITH_LOGITS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):
     """One block of one head."""
     i_block, i_bh = tl.program_id(0), tl.program_id(1)
     i_b, i_h = i_bh // H, i_bh % H
-    i_length = tl.minimum(N - i_block * BLOCK, BLOCK)
-    if HAS_LENGTHS:
-        i_length = tl.load(lengths + i_b * tl.num_programs(0) + i_block)
+    i_length = _length(lengths, i_b, i_block, N, BLOCK)
     o_n, o_d = tl.arange(0, BLOCK), tl.arange(0, D)
     o_from = o_n
     if INTERLEAVED:
@@ -95,24 +102,32 @@ def quantize_kernel(
         tl.store(p_out, to_e4m3(b_x))
 
 
-def sum_blocks(k: Tensor, lengths: Tensor, key_block: int) -> Tensor:
+def sum_blocks(k: Tensor, lengths: Tensor | None, key_block: int) -> Tensor:
     """Sums of every eighth real token of each block, `[B, H, nK, D]` float32."""
-    batch, heads, _, head_dim = k.shape
-    out = k.new_empty(batch, heads, lengths.shape[1], head_dim, dtype=torch.float32)
+    batch, heads, tokens, head_dim = k.shape
+    blocks = triton.cdiv(tokens, key_block)
+    out = k.new_empty(batch, heads, blocks, head_dim, dtype=torch.float32)
     with torch.cuda.device_of(k):
-        sum_kernel[lengths.shape[1], batch * heads](
-            k, lengths, out, *k.stride()[:3], heads, D=head_dim, BLOCK=key_block, num_warps=2
+        sum_kernel[blocks, batch * heads](
+            k, lengths, out, *k.stride()[:3], heads, tokens, D=head_dim, BLOCK=key_block,
+            num_warps=2,
         )
     return out
 
 
-def quantize(q, k, v, query_block, key_block, lengths, key_mean, interleaved) -> Quantized:
-    """As `quantize.quantize`, which has filled in all arguments."""
-    key_mean = key_mean.contiguous()
-    q8, q_scales, mean_logits = _launch(q, query_block, None, key_mean, centred=False)
+def round_queries(q: Tensor, query_block: int, key_mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries in e4m3, their scales, and the logits of the keys' mean."""
+    return _launch(q, query_block, None, key_mean, centred=False)
+
+
+def round_keys(
+    k: Tensor, v: Tensor, key_block: int, lengths: Tensor | None, key_mean: Tensor,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys and values in e4m3, and the scales of each."""
     k8, k_scales, _ = _launch(k, key_block, lengths, key_mean, centred=True)
     v8, v_scales, _ = _launch(v, key_block, lengths, None, centred=False, interleaved=interleaved)
-    return Quantized(q8, k8, v8, q_scales, k_scales, v_scales, key_mean, mean_logits)
+    return k8, v8, k_scales, v_scales
 
 
 def _launch(x: Tensor, size: int, lengths: Tensor | None, mean: Tensor | None, *,
@@ -129,7 +144,7 @@ def _launch(x: Tensor, size: int, lengths: Tensor | None, mean: Tensor | None, *
     with torch.cuda.device_of(x):
         quantize_kernel[blocks, batch * heads](
             x, lengths, mean, out, scales, logits, *x.stride()[:3], heads, tokens,
-            D=head_dim, BLOCK=size, HAS_LENGTHS=lengths is not None, CENTRED=centred,
-            WITH_LOGITS=with_logits, TRANSPOSED=transposed, INTERLEAVED=interleaved, num_warps=8,
+            D=head_dim, BLOCK=size, CENTRED=centred, WITH_LOGITS=with_logits,
+            TRANSPOSED=transposed, INTERLEAVED=interleaved, num_warps=8,
         )
     return out, scales, logits

@@ -14,9 +14,10 @@ from kernel_cases import (
     segments,
     some_full_rows,
 )
+from test_tail import tail_of
 from test_triton_fp8 import check_fp8, nearest_logarithm
 
-from dfsattn_diffusers.kernels import BlockMap, explain
+from dfsattn_diffusers.kernels import BlockMap, api, explain
 from dfsattn_diffusers.kernels.backends import load_backend
 
 backend = load_backend("gluon_fp8")
@@ -24,13 +25,19 @@ if not hasattr(backend, "NUM_STAGES"):
     pytest.skip(backend.why_not(None), allow_module_level=True)
 
 
-# Head dim, key block, whether lengths, an order and the log-sum-exp are asked for.
+# Head dim, key block, whether lengths, an order and the log-sum-exp are asked for, and keys of the
+# tail's pools or 0.
 BUILDS = [
-    (128, 128, False),
-    (128, 128, True),
-    (128, 64, True),
-    (64, 128, True),
-    (64, 64, False),
+    (128, 128, False, 0),
+    (128, 128, True, 0),
+    (128, 64, True, 0),
+    (64, 128, True, 0),
+    (64, 64, False, 0),
+    (128, 128, False, 64),
+    (128, 128, True, 64),
+    (128, 64, True, 32),
+    (64, 128, True, 64),
+    (64, 64, False, 16),
 ]
 GPU = [pytest.param("cuda", marks=ON_CUDA)]
 
@@ -76,6 +83,31 @@ def test_many_rows(monkeypatch, device, fewest, sizes, change):
     check_fp8(p, "gluon_fp8", nearest_logarithm)
 
 
+@pytest.mark.parametrize("change", [segments, some_full_rows])
+@pytest.mark.parametrize("sizes", backend.NUM_STAGES)
+@pytest.mark.parametrize("pool", [4, 16, 32, 64])
+@pytest.mark.parametrize("device", GPU)
+def test_tail(monkeypatch, device, pool, sizes, change):
+    """In the kernel itself, tiles of full pools and of short ones."""
+    head_dim, key_block = sizes
+    monkeypatch.setattr(api, "add_tail", None)
+    p = change(
+        problem(
+            device, torch.bfloat16, num_queries=2300, num_keys=17_000, head_dim=head_dim, heads=5,
+            key_block=key_block, density=0.2,
+        )
+    )
+    check_fp8(p, "gluon_fp8", nearest_logarithm, tail_of(p, pool, True))
+
+
+@pytest.mark.parametrize("change", NASTY)
+@pytest.mark.parametrize("device", GPU)
+def test_tail_of_nasty_problems(monkeypatch, device, change):
+    monkeypatch.setattr(api, "add_tail", None)
+    p = change(problem(device, torch.bfloat16, num_queries=300, seed=2))
+    check_fp8(p, "gluon_fp8", nearest_logarithm, tail_of(p, 32, False))
+
+
 @pytest.mark.parametrize("device", GPU)
 def test_offsets_beyond_32_bits(device):
     """The last head starts beyond element 2 ** 31, in 8 bits too: 8.7 GB, and 6.5 in 8 bits."""
@@ -86,23 +118,24 @@ def test_fits_the_gpu():
     """Compiled here for sm90: within its shared memory, no spills in the loops, no waits."""
     builds = built_by(__file__)
     assert len(builds) == len(BUILDS)
-    for (head_dim, key_block, _), build in zip(BUILDS, builds):
+    for (head_dim, key_block, _, pool), build in zip(BUILDS, builds):
         assert build["shared"] <= SHARED_MEMORY[90], build
-        # Addresses, stored once outside the loops of tiles.
-        assert build["spilled"] <= (64 if head_dim == key_block == 128 else 0), build
+        # Addresses, stored once outside the loops of tiles; those of pools are more.
+        most = {(128, 128): 96 if pool else 64, (128, 64): 48 if pool else 0}
+        assert build["spilled"] <= most.get((head_dim, key_block), 0), build
         assert build["spilled_by_tile"] == [], build
         # Else the request for more registers was dropped in silence.
         assert {24, 240} <= set(build["budgets"]), build
         assert not build["serialized"] and build["undefined"] == [], build
         for product in build["products"]:
             assert product.endswith("k32.f32.e4m3.e4m3"), build
-        # Of both warpgroups: the first keys, the loop, the last values, and a masked block.
-        # Weights are multiplied twice: by values, and by ones for their sum.
+        # Of both warpgroups: the first keys, the loop, the last values, and a masked block or
+        # pools. Weights are multiplied twice: by values, and by ones for their sum.
         keys, weights = 2 * 3 * head_dim // 32, 2 * 2 * 3 * key_block // 32
         assert (build["count"], build["from_registers"]) == (keys + weights, weights), build
 
 
-def compile_for_hopper(head_dim, key_block, everything):
+def compile_for_hopper(head_dim, key_block, everything, pool):
     """Compile the kernel without a GPU and ask ptxas what it takes."""
     kernel = backend.block_sparse_kernel
     x = torch.zeros(1, 1, 256, head_dim, dtype=torch.float8_e4m3fn)
@@ -115,9 +148,13 @@ def compile_for_hopper(head_dim, key_block, everything):
         lse=floats if everything else None, key_lengths=ints if everything else None,
         output_order=ints if everything else None, order_stride=300 if everything else None,
     )
+    if pool:
+        values |= dict(
+            pool_keys=values["k"], pool_values=values["v"], bias=floats, bits=ints.to(torch.uint8)
+        )
     constants = dict(
         D=head_dim, ROWS=64, KEYS=key_block, STAGES=backend.NUM_STAGES[head_dim, key_block],
-        HAS_LENGTHS=everything, ORDERED=everything, WITH_LSE=everything,
+        HAS_LENGTHS=everything, ORDERED=everything, WITH_LSE=everything, POOL=pool,
     )
     report, ptx = compile_gluon(kernel, values, constants)
     products = re.findall(r"(wgmma\.mma_async\S+)\s+\{[^}]*\},\s*(\S)", ptx)

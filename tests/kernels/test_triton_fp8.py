@@ -15,9 +15,12 @@ from kernel_cases import (
     segments,
     strided,
 )
+from test_tail import exact as exact_with_tail
+from test_tail import part_of, tail_of
 
-from dfsattn_diffusers.kernels import BlockMap, explain, quantize
+from dfsattn_diffusers.kernels import BlockMap, Tail, explain, quantize
 from dfsattn_diffusers.kernels.backends import load_backend
+from dfsattn_diffusers.kernels.quantize import quantize_pools
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -54,13 +57,25 @@ def mean_logits(p, x):
     return x.mean_logits[..., : p.q.shape[2]].double() * scale
 
 
-def eager_fp8(p, rounded):
+def dequantized_tail(p, x, tail):
+    """The pools that the kernel is given, in float64."""
+    keys, values, *scales = quantize_pools(tail, x, key_block=p.key_block)
+    key_scales, value_scales = (s.double().repeat_interleave(p.key_block, -1) for s in scales)
+    keys = (keys.double() * key_scales[..., None])[:, :, : tail.keys.shape[2]]
+    values = (values.double() * value_scales[..., None, :])[..., : tail.keys.shape[2]]
+    return Tail(keys, values.transpose(2, 3), tail.bias)
+
+
+def eager_fp8(p, rounded, tail=None):
     """Dense attention in float32 with weights in e4m3, from 256 down.
 
     `rounded`: what of the logarithms to base 2 of weights makes them, and what is added up.
     """
     x = quantized(p)
-    out, lse = dequantized(p, x).by_parts(lambda part, at: eager_part(part, rounded))
+    pools = tail and dequantized_tail(p, x, tail)
+    out, lse = dequantized(p, x).by_parts(
+        lambda part, at: eager_part(part, rounded, pools and part_of(pools, at))
+    )
     return out, lse + mean_logits(p, x).float()
 
 
@@ -77,33 +92,45 @@ def nearest_logarithm(x):
     return weights, weights
 
 
-def eager_part(p, rounded):
+def eager_part(p, rounded, tail):
     real = p.real_keys()
-    mask = p.mask.repeat_interleave(p.query_block, 2)[:, :, : p.q.shape[2]]
-    mask = mask.repeat_interleave(p.key_block, 3)[..., : p.k.shape[2]] & real[:, None, None]
+    rows = p.mask.repeat_interleave(p.query_block, 2)[:, :, : p.q.shape[2]]
+    mask = rows.repeat_interleave(p.key_block, 3)[..., : p.k.shape[2]] & real[:, None, None]
     scale = p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
+    if rounded is nearest_logarithm:
+        # Hopper's 8-bit products cut what they add off after 14 bits.
+        scale *= 1 - 2.0**-12
     logits = p.q.float() @ p.k.float().transpose(-1, -2) * scale
-    logits = logits.masked_fill(~mask, -torch.inf)
+    logits, values = logits.masked_fill(~mask, -torch.inf), p.v
+    if tail is not None:
+        pools = p.q.float() @ tail.keys.float().transpose(-1, -2) * scale + tail.bias[:, :, None]
+        kept = rows.repeat_interleave(tail.keys.shape[2] // p.mask.shape[3], 3)
+        logits = torch.cat([logits, pools.masked_fill(kept, -torch.inf)], -1)
+        values = torch.cat([values, tail.values], 2)
     peak = logits.amax(-1, keepdim=True)
     peak = peak.masked_fill(peak == -torch.inf, 0)
     weights, added = rounded((logits - peak) / math.log(2))
     total = added.sum(-1, keepdim=True)
-    out = (weights @ p.v.float()) / total.masked_fill(total == 0, 1)
+    out = (weights @ values.float()) / total.masked_fill(total == 0, 1)
     return out, (peak + total.log()).squeeze(-1)
 
 
-def check_fp8(p, backend="triton_fp8", rounded=nearest):
+def check_fp8(p, backend="triton_fp8", rounded=nearest, tail=None):
     """Beside what it was given, the kernel errs as eager code; and so it does beside the truth."""
-    out, lse = p.run(backend, return_lse=True, precision="fp8")
-    eager, x = eager_fp8(p, rounded), quantized(p)
-    given = dequantized(p, x)
-    exact_out, exact_lse = given.dense(torch.float64)
+    out, lse = p.run(backend, tail=tail, return_lse=True, precision="fp8")
+    eager, x = eager_fp8(p, rounded, tail), quantized(p)
+    given, pools = dequantized(p, x), tail and dequantized_tail(p, x, tail)
+    exact_out, exact_lse = truth(given, pools)
     assert_close(out, exact_out, eager[0])
     half_lse = given.dense(half(p.q.device.type))[1] + mean_logits(p, x)
     assert_close(lse, exact_lse + mean_logits(p, x), half_lse if rounded is nearest else eager[1])
-    exact = p.dense(torch.float64)
+    exact = truth(p, tail)
     assert_close(out, exact[0], eager[0])
     assert_close(lse, exact[1], eager[1])
+
+
+def truth(p, tail):
+    return p.dense(torch.float64) if tail is None else exact_with_tail(p, tail, torch.float64)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -167,6 +194,29 @@ def test_interleaved_values(monkeypatch, device, fused, key_block):
     assert torch.equal(other.v.view(torch.uint8).unflatten(-1, (-1, 16)), groups[..., order])
     assert torch.equal(other.v_scales, plain.v_scales)
     assert torch.equal(other.k.view(torch.uint8), plain.k.view(torch.uint8))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_pools_are_centred_as_keys(monkeypatch, device, fused):
+    """By the keys' mean, which an empty pool must not bring in."""
+    p = segments(problem(device, half(device), num_queries=700))
+    p.k.add_(30)
+    tail, x = tail_of(p, 32, True), quantized(p)
+    assert tail.keys.shape[2] == 24 and tail.bias.isinf().any() and tail.bias.isfinite().any()
+    if not fused:
+        module = __import__("sys").modules[quantize.__module__]
+        monkeypatch.setattr(module, "fast", lambda name, x: None)
+    got, there = dequantized_tail(p, x, tail), tail.bias.isfinite()
+    for ours, exact in (
+        (got.keys, tail.keys.double() - x.key_mean.double()[:, :, None]),
+        (got.values, tail.values.double()),
+    ):
+        # Three bits after the first, of what is left once the mean is off.
+        largest = exact[there].abs().max()
+        assert largest < 5
+        assert (ours - exact)[there].abs().max() <= largest / 16
+    assert got.keys[~there].abs().max() < 1 / 8
 
 
 @pytest.mark.parametrize("device", DEVICES)

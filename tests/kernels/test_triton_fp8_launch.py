@@ -76,7 +76,7 @@ def builds(arch):
     )
     for keys in (True, False):
         constants = dict(
-            D=128, BLOCK=128, HAS_LENGTHS=True, CENTRED=keys, WITH_LOGITS=not keys,
+            D=128, BLOCK=128, CENTRED=keys, WITH_LOGITS=not keys,
             TRANSPOSED=not keys, INTERLEAVED=not keys,
         )
         constants |= dict(mean_logits=None) if keys else {}

@@ -36,32 +36,36 @@ def attend(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_first, i_end, row
         i_tile: The row's first tile in the rings.
         W: Which of the two warpgroups this is. What one waits for, the other's work hides.
         row: Its tiles, those of key blocks, and of whole ones among these; the blocks, how many of
-            them are listed, all keys, the blocks' lengths or None; and its pools or None.
+            them are listed, all keys, the blocks' lengths or None; its pools and the tile for their
+            bias, or None.
         WHOLE: These are of whole key blocks. Others are hidden in part, or pools with a bias.
     """
     ROWS: gl.constexpr = b_q.shape[0]
     LOGITS: gl.constexpr = b_max.type.layout.parent
     OUT: gl.constexpr = b_out.type.layout
     DTYPE: gl.constexpr = b_q.dtype
+    KEYS: gl.constexpr = k_ring[0].shape[1]
     POOLS: gl.constexpr = not WHOLE and row[7] is not None
+    pools, b_bias_tile = row[7], row[8]
     if WHOLE and b_q.shape[1] == 64:
         # Read once a row and not once a tile: 3 % faster. At head dim 128 even a half costs 6 %.
         b_q = b_q.load(gl.DotOperandLayout(operand_index=0, parent=LOGITS, k_width=2))
     i = i_tile + i_first
     if POOLS:
-        tails.put_bias(tails.load_bias(i_first, row, scale_log2), row)
+        b_bias = tails.load_bias(i_first - row[1], pools, scale_log2, KEYS)
+        tails.put_bias(b_bias, b_bias_tile)
     b_s = multiply_keys(b_q, rings.receive(k_ring, i), LOGITS)
     if POOLS:
-        b_s = tails.add_bias(b_s, row, ROWS, LOGITS)
+        b_s = tails.add_bias(b_s, b_bias_tile, ROWS, LOGITS)
         # In flight while the products run.
-        b_bias = tails.load_bias(i_first + 1, row, scale_log2)
+        b_bias = tails.load_bias(i_first + 1 - row[1], pools, scale_log2, KEYS)
     # [ROWS, KEYS]
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     rings.release(k_ring, i)
     if not WHOLE:
         b_s = hide_padding(b_s, i_first, row)
     if POOLS:
-        tails.put_bias(b_bias, row)
+        tails.put_bias(b_bias, b_bias_tile)
     b_p, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, not WHOLE)
     b_p = _as_operand(b_p, DTYPE, OUT)
     if not WHOLE:
@@ -73,17 +77,17 @@ def attend(b_q, k_ring, v_ring, b_out, b_max, b_sum, i_tile, i_first, i_end, row
             clear_padding(v_ring, i - 1, i - 1 - i_tile, row, W)
         b_s = multiply_keys(b_q, rings.receive(k_ring, i), LOGITS)
         if POOLS:
-            b_s = tails.add_bias(b_s, row, ROWS, LOGITS)
+            b_s = tails.add_bias(b_s, b_bias_tile, ROWS, LOGITS)
         b_out = warpgroup_mma(b_p, rings.receive(v_ring, i - 1), b_out, is_async=True)
         if POOLS:
-            b_bias = tails.load_bias(i - i_tile + 1, row, scale_log2)
+            b_bias = tails.load_bias(i - i_tile + 1 - row[1], pools, scale_log2, KEYS)
         # [ROWS, KEYS]
         b_s = warpgroup_mma_wait(1, deps=[b_s])
         rings.release(k_ring, i)
         if not WHOLE:
             b_s = hide_padding(b_s, i - i_tile, row)
         if POOLS:
-            tails.put_bias(b_bias, row)
+            tails.put_bias(b_bias, b_bias_tile)
         b_next, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale_log2, not WHOLE)
         b_next = _as_operand(b_next, DTYPE, OUT)
         # [ROWS, D]

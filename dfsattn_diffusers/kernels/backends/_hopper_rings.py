@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (  # noqa: E402
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
 __all__ = [
-    "TensorDescriptor", "clear_rows", "fence_async_shared", "fetch", "gl", "gluon",
+    "TensorDescriptor", "clear_rows", "fence_async_shared", "fetch", "fetch_values", "gl", "gluon",
     "make_ring", "read_note", "receive", "receive_if", "release", "sixteen_bytes", "slot",
     "warpgroup_mma", "warpgroup_mma_wait", "with_notes", "write_notes",
 ]
@@ -107,6 +107,15 @@ def fetch(ring, i, source, i_b, i_h, i_row, i_column):
     _wait(ring[2], i, 1)
     mbarrier.expect(_slot(ring[1], i), source.block_type.nbytes)
     _load(source, [i_b, i_h, i_row, i_column], _slot(ring[1], i), _slot(ring[0], i))
+
+
+@gluon.jit
+def fetch_values(ring, i, source, i_b, i_h, i_n, TRANSPOSED: gl.constexpr):
+    """As `fetch`, rows from `i_n` on, which are columns where the source is transposed."""
+    if TRANSPOSED:
+        fetch(ring, i, source, i_b, i_h, 0, i_n)
+    else:
+        fetch(ring, i, source, i_b, i_h, i_n, 0)
 
 
 @gluon.jit

@@ -63,14 +63,6 @@ def _count_whole(p_blocks, i_count, i_listed, NUM_BLOCKS, full_key_blocks):
 
 
 @gluon.jit
-def _fetch_values(ring, i, source, i_b, i_h, i_n, TRANSPOSED: gl.constexpr):
-    if TRANSPOSED:
-        rings.fetch(ring, i, source, i_b, i_h, 0, i_n)
-    else:
-        rings.fetch(ring, i, source, i_b, i_h, i_n, 0)
-
-
-@gluon.jit
 def produce(q_source, k_source, v_source, q_ring, k_ring, v_ring, rows, next_row, counts, indices,
             H, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
             TRANSPOSED: gl.constexpr,
@@ -106,16 +98,18 @@ def produce(q_source, k_source, v_source, q_ring, k_ring, v_ring, rows, next_row
             # One step ahead: the index is in flight while the next step waits.
             i_next = block_at(p_blocks, i + 1, i_listed)
             if i > 0:
-                _fetch_values(
+                rings.fetch_values(
                     v_ring, i_tile + i - 1, v_source, i_b, i_h, i_last * KEYS, TRANSPOSED
                 )
             i_last, i_block = i_block, i_next
         i_tile += i_count
         if i_count > 0:
-            _fetch_values(v_ring, i_tile - 1, v_source, i_b, i_h, i_last * KEYS, TRANSPOSED)
+            rings.fetch_values(v_ring, i_tile - 1, v_source, i_b, i_h, i_last * KEYS, TRANSPOSED)
         if POOL > 0:
             i_end = i_tile + tails.num_tiles(i_count, NUM_BLOCKS, POOL)
-            tails.fetch_pools(k_ring, v_ring, i_tile, i_end, pool_keys, pool_values, i_b, i_h)
+            tails.fetch_pools(
+                k_ring, v_ring, i_tile, i_end, pool_keys, pool_values, i_b, i_h, TRANSPOSED
+            )
             i_tile = i_end
         # While the rings are full, and two rows early: the answer takes its time.
         i_place, i_row, i_later = i_later, i_later_row, _claim(next_row)

@@ -17,15 +17,17 @@ def num_tiles(i_count, NUM_BLOCKS, POOL: gl.constexpr):
 
 
 @gluon.jit
-def fetch_pools(k_ring, v_ring, i_tile, i_end, keys, values, i_b, i_h):
+def fetch_pools(k_ring, v_ring, i_tile, i_end, keys, values, i_b, i_h, TRANSPOSED: gl.constexpr):
     """The loading warp's part: tiles `i_tile` to `i_end` of the rings, zeros behind the end."""
     KEYS: gl.constexpr = k_ring[0].shape[1]
     for i in range(i_tile, i_end):
         rings.fetch(k_ring, i, keys, i_b, i_h, (i - i_tile) * KEYS, 0)
         if i > i_tile:
-            rings.fetch(v_ring, i - 1, values, i_b, i_h, (i - 1 - i_tile) * KEYS, 0)
+            i_pool = (i - 1 - i_tile) * KEYS
+            rings.fetch_values(v_ring, i - 1, values, i_b, i_h, i_pool, TRANSPOSED)
     if i_end > i_tile:
-        rings.fetch(v_ring, i_end - 1, values, i_b, i_h, (i_end - 1 - i_tile) * KEYS, 0)
+        i_pool = (i_end - 1 - i_tile) * KEYS
+        rings.fetch_values(v_ring, i_end - 1, values, i_b, i_h, i_pool, TRANSPOSED)
 
 
 @gluon.constexpr_function
@@ -42,23 +44,21 @@ def make_bias_tiles(DTYPE: gl.constexpr, KEYS: gl.constexpr):
 
 
 @gluon.jit
-def row_at(bits, bias, b_bias_tile, i_bh, i_q, NUM_ROWS, NUM_BLOCKS, POOL: gl.constexpr):
-    """Where a row's bits are, its head's bias of each pool, key blocks, pools of each; the tile."""
-    PER_BLOCK: gl.constexpr = b_bias_tile.shape[0] // POOL
+def pools_at(bits, bias, i_bh, i_q, NUM_ROWS, NUM_BLOCKS, PER_BLOCK: gl.constexpr):
+    """Where a row's bits are, and its head's bias of each pool; key blocks, pools of each."""
     p_bits = bits + (i_bh * NUM_ROWS + i_q).to(gl.int64) * ((NUM_BLOCKS + 7) // 8)
     p_bias = bias + i_bh.to(gl.int64) * NUM_BLOCKS * PER_BLOCK
-    return p_bits, p_bias, NUM_BLOCKS, PER_BLOCK, b_bias_tile
+    return p_bits, p_bias, NUM_BLOCKS, PER_BLOCK
 
 
 @gluon.jit
-def load_bias(i, row, scale_log2):
-    """What the logits of the row's i-th tile get before the scale, `[KEYS]`: 0 for key blocks.
+def load_bias(i, pools, scale_log2, KEYS: gl.constexpr):
+    """What the logits of the i-th tile of pools get before the scale, `[KEYS]`.
 
-    -inf for pools of kept blocks and behind the end.
+    -inf for pools of kept blocks and behind the end; 0 for tiles of keys, which are before the 0th.
     """
-    p_bits, p_bias, NUM_BLOCKS, PER_BLOCK, b_tile = row[7]
-    KEYS: gl.constexpr = b_tile.shape[0]
-    o_pool = (i - row[1]) * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, _columns(KEYS)))
+    p_bits, p_bias, NUM_BLOCKS, PER_BLOCK = pools
+    o_pool = i * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, _columns(KEYS)))
     o_block = o_pool // PER_BLOCK
     m_there = (o_pool >= 0) & (o_block < NUM_BLOCKS)
     b_bits = gl.load(p_bits + o_block // 8, mask=m_there, other=255).to(gl.int32)
@@ -69,9 +69,8 @@ def load_bias(i, row, scale_log2):
 
 
 @gluon.jit
-def put_bias(b_bias, row):
+def put_bias(b_bias, b_tile):
     """Bias of the next tile into shared memory: one column, and a second of what rounding left."""
-    b_tile = row[7][4]
     KEYS: gl.constexpr = b_tile.shape[0]
     DTYPE: gl.constexpr = b_tile.dtype
     # float16 ends at 65504.
@@ -89,12 +88,11 @@ def put_bias(b_bias, row):
 
 
 @gluon.jit
-def add_bias(b_s, row, ROWS: gl.constexpr, LOGITS: gl.constexpr):
+def add_bias(b_s, b_tile, ROWS: gl.constexpr, LOGITS: gl.constexpr):
     """Goes on with the product of a tile's keys: ones times what `put_bias` left.
 
     The tensor cores add it in passing; the threads would take longer than for exponentials.
     """
-    b_tile = row[7][4]
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LOGITS, k_width=2)
     m_used = gl.arange(0, 16, gl.SliceLayout(0, LEFT))[None, :] < 2
     b_zero = gl.zeros([ROWS, 16], b_tile.dtype, LEFT)

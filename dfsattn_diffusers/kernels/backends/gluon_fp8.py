@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..quantize import quantize
+from ..quantize import quantize, quantize_pools
 from . import AttentionCall
 from . import _hopper_rings as rings
+from . import _hopper_tail as tails
 from ._hopper_bytes import (
     OCTAVE,
     ORIGIN,
@@ -32,10 +33,11 @@ from ._hopper_rows import (
     make_row_ring,
     multiply_keys,
     produce,
+    real_keys,
     receive_row,
     store_rows,
 )
-from .gluon_hopper import QUERY_BLOCK, refused
+from .gluon_hopper import QUERY_BLOCK, pool_size, refused
 
 NAME = "gluon_fp8"
 PRECISION = "fp8"
@@ -46,9 +48,9 @@ NUM_STAGES = {(128, 128): 4, (128, 64): 8, (64, 128): 8, (64, 64): 8}
 
 
 @gluon.jit
-def _scales_at(i_block, scales, NUM_BLOCKS):
+def _scales_at(i_block, scales, NUM_SCALES):
     """Scale of a block's keys, logarithm of its values' scale; of any block beyond the last."""
-    p_scales = scales + 2 * gl.minimum(i_block, NUM_BLOCKS - 1)
+    p_scales = scales + 2 * gl.minimum(i_block, NUM_SCALES - 1)
     return gl.load(p_scales), gl.load(p_scales + 1)
 
 
@@ -156,20 +158,24 @@ def _attend_whole(b_q, k_ring, v_ring, b_ones, b_out, b_max, b_sum, i_tile, i_wh
 
 
 @gluon.jit
-def _attend_masked(b_q, k_ring, v_ring, b_ones, b_out, b_max, b_sum, i_tile, i_keys, b_scale,
-                   b_ratio):
-    """One block, of which the first `i_keys` keys are real; what is behind them is 0."""
+def _attend_one(b_q, k_ring, v_ring, b_ones, b_out, b_max, b_sum, i_tile, b_scale, b_ratio, i_keys,
+                b_bias):
+    """One tile: of a block of which `i_keys` keys are real, or of pools with their bias."""
     LOGITS: gl.constexpr = b_max.type.layout.parent
     OUT: gl.constexpr = b_out.type.layout
     KEYS: gl.constexpr = k_ring[0].shape[1]
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, LOGITS)
     b_s = multiply_keys(b_q, rings.receive(k_ring, i_tile), LOGITS)
+    # [KEYS]
+    b_hidden = gl.where(gl.arange(0, KEYS, COLUMNS) < i_keys, 0.0, float("-inf"))
+    if b_bias is not None:
+        b_hidden += gl.convert_layout(b_bias, COLUMNS)
     # [ROWS, KEYS]
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     rings.release(k_ring, i_tile)
-    m_k = gl.arange(0, KEYS, gl.SliceLayout(0, LOGITS)) < i_keys
-    b_s = gl.where(m_k[None, :], b_s, float("-inf"))
-    b_new = _raise(b_max, b_s, b_scale)
-    b_packed, b_sum, b_decay = _weigh(b_s, b_max, b_new, b_sum, b_scale, b_ratio, True)
+    b_s = b_s * b_scale + b_hidden[None, :]
+    b_new = _raise(b_max, b_s, 1.0)
+    b_packed, b_sum, b_decay = _weigh(b_s, b_max, b_new, b_sum, 1.0, b_ratio, True)
     b_operand = as_operand(b_packed, OUT)
     b_part = start_sum(b_operand, b_ones)
     b_product = _multiply_values(b_operand, rings.receive(v_ring, i_tile), OUT)
@@ -182,9 +188,9 @@ def _attend_masked(b_q, k_ring, v_ring, b_ones, b_out, b_max, b_sum, i_tile, i_k
 @gluon.jit
 def _consume(
     q_ring, k_ring, v_ring, b_ones, q_scales, scales, mean_logits, out, lse, indices,
-    key_lengths, output_order, order_stride, scale, stride_ob, stride_oh, stride_on,
-    H, N_Q, N_K, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
-    W: gl.constexpr, HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
+    key_lengths, output_order, order_stride, bits, bias, scale, stride_ob, stride_oh, stride_on,
+    H, N_Q, N_K, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, HAS_LENGTHS: gl.constexpr,
+    ORDERED: gl.constexpr, WITH_LSE: gl.constexpr, POOL: gl.constexpr, W: gl.constexpr,
 ):
     """One of two warpgroups: its half of each row's queries against all of the row's keys."""
     ROWS: gl.constexpr = q_ring[0].shape[1]
@@ -192,13 +198,17 @@ def _consume(
     D: gl.constexpr = k_ring[0].shape[2]
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
+    # A head's pools have their scales behind those of its key blocks.
+    NUM_SCALES = NUM_BLOCKS
+    if POOL > 0:
+        NUM_SCALES += tails.num_tiles(0, NUM_BLOCKS, POOL)
     i_tile, i_queries, i_more = 0, W, 1
     while i_more != 0:
         b_q, i_b, i_h, i_q, i_count, i_whole, i_more = receive_row(q_ring, i_queries)
         i_bh = i_b * H + i_h
         i_row = i_bh * NUM_ROWS + i_q
         p_blocks, i_listed = listed_blocks(i_row, i_count, indices, NUM_BLOCKS, MAX_COUNT)
-        p_scales = scales + i_bh.to(gl.int64) * (2 * NUM_BLOCKS)
+        p_scales = scales + i_bh.to(gl.int64) * (2 * NUM_SCALES)
         b_q_scale = gl.load(q_scales + i_row) * (scale * 1.4426950408889634)
         # [ROWS]
         b_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
@@ -215,20 +225,35 @@ def _consume(
                 b_q, k_ring, v_ring, b_ones, b_out, b_max, b_sum, i_tile, i_whole, p_blocks,
                 i_listed, p_scales, b_q_scale, NUM_BLOCKS,
             )
-        for i in range(i_whole, i_count):
+        i_end, p_lengths = i_count, None
+        if HAS_LENGTHS:
+            p_lengths = key_lengths + i_b * NUM_BLOCKS
+        if POOL > 0:
+            i_end += tails.num_tiles(i_count, NUM_BLOCKS, POOL)
+            pools = tails.pools_at(bits, bias, i_bh, i_q, NUM_ROWS, NUM_BLOCKS, KEYS // POOL)
+            b_next_bias = tails.load_bias(i_whole - i_count, pools, 1.0, KEYS)
+        row = (i_end, i_count, i_whole, p_blocks, i_listed, N_K, p_lengths)
+        for i in range(i_whole, i_end):
+            i_keys = KEYS
+            if i < i_count:
+                i_keys = real_keys(i, row, KEYS)
+            # Pools follow the last key block, as do their scales.
             i_block = block_at(p_blocks, i, i_listed)
-            i_keys = N_K - i_block * KEYS
-            if HAS_LENGTHS:
-                i_keys = gl.minimum(i_keys, gl.load(key_lengths + i_b * NUM_BLOCKS + i_block))
-            b_k_scale, b_log = _scales_at(i_block, p_scales, NUM_BLOCKS)
-            b_out, b_max, b_sum = _attend_masked(
-                b_q_again, k_ring, v_ring, b_ones, b_out, b_max, b_sum, i_tile + i, i_keys,
-                b_q_scale * b_k_scale, gl.exp2(b_last_log - b_log),
+            i_block = gl.where(i < i_count, i_block, NUM_BLOCKS + i - i_count)
+            b_k_scale, b_log = _scales_at(i_block, p_scales, NUM_SCALES)
+            b_bias = None
+            if POOL > 0:
+                # One step ahead, to be there before the products are.
+                b_bias = b_next_bias
+                b_next_bias = tails.load_bias(i + 1 - i_count, pools, 1.0, KEYS)
+            b_out, b_max, b_sum = _attend_one(
+                b_q_again, k_ring, v_ring, b_ones, b_out, b_max, b_sum, i_tile + i,
+                b_q_scale * b_k_scale, gl.exp2(b_last_log - b_log), i_keys, b_bias,
             )
             b_last_log = b_log
+        i_tile += i_end
         rings.release(q_ring, i_queries)
         i_queries += 2
-        i_tile += i_count
 
         # [ROWS]
         b_sum = gl.convert_layout(gl.max(b_sum, 1), gl.SliceLayout(1, LOGITS))
@@ -246,10 +271,12 @@ def _consume(
 @gluon.jit(do_not_specialize=COUNTS)
 def block_sparse_kernel(
     q, k, v, q_scales, scales, mean_logits, out, lse, rows, next_row, counts, indices,
-    key_lengths, output_order, order_stride, scale, stride_ob, stride_oh, stride_on,
+    key_lengths, output_order, order_stride, pool_keys, pool_values, bias, bits, scale,
+    stride_ob, stride_oh, stride_on,
     H, N_Q, N_K, NUM_WORK, NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks,
     D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     HAS_LENGTHS: gl.constexpr, ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
+    POOL: gl.constexpr,
 ):
     """Query blocks of all heads, which programs take from `rows` one by one."""
     q_ring = make_row_ring(q.dtype, ROWS, D)
@@ -261,19 +288,20 @@ def block_sparse_kernel(
         [
             (_consume, (
                 q_ring, k_ring, v_ring, b_ones, q_scales, scales, mean_logits, out, lse,
-                indices, key_lengths, output_order, order_stride, scale, stride_ob, stride_oh,
-                stride_on, H, N_Q, N_K, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
-                0, HAS_LENGTHS, ORDERED, WITH_LSE,
+                indices, key_lengths, output_order, order_stride, bits, bias, scale, stride_ob,
+                stride_oh, stride_on, H, N_Q, N_K, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
+                HAS_LENGTHS, ORDERED, WITH_LSE, POOL, 0,
             )),
             (_consume, (
                 q_ring, k_ring, v_ring, b_ones, q_scales, scales, mean_logits, out, lse,
-                indices, key_lengths, output_order, order_stride, scale, stride_ob, stride_oh,
-                stride_on, H, N_Q, N_K, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
-                1, HAS_LENGTHS, ORDERED, WITH_LSE,
+                indices, key_lengths, output_order, order_stride, bits, bias, scale, stride_ob,
+                stride_oh, stride_on, H, N_Q, N_K, NUM_ROWS, NUM_BLOCKS, MAX_COUNT,
+                HAS_LENGTHS, ORDERED, WITH_LSE, POOL, 1,
             )),
             (produce, (
                 q, k, v, q_ring, k_ring, v_ring, rows, next_row, counts, indices, H, NUM_WORK,
-                NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks, True,
+                NUM_ROWS, NUM_BLOCKS, MAX_COUNT, full_key_blocks, True, pool_keys, pool_values,
+                POOL,
             )),
         ],
         [4, 1],
@@ -292,18 +320,31 @@ def why_not(call: AttentionCall) -> str | None:
     return refused(call)
 
 
+def takes_tail(call: AttentionCall) -> bool:
+    """Always: pools are quantised too."""
+    return call.tail is not None
+
+
 def forward(call: AttentionCall) -> None:
-    """Quantise, then fill `call.out` and `call.lse`."""
-    block_map, key_lengths = call.block_map, call.key_lengths
+    """Quantise, then fill `call.out` and `call.lse`, with the tail."""
+    block_map, key_lengths, tail = call.block_map, call.key_lengths, call.tail
     order, order_stride = call.order_and_stride()
     x = quantize(
         call.q, call.k, call.v, query_block=block_map.query_block, key_block=block_map.key_block,
         key_lengths=key_lengths, interleaved=True,
     )
-    v_logs = x.v_scales.log2()
+    k_scales, v_scales, pool_keys, pool_values = x.k_scales, x.v_scales, None, None
+    if tail is not None:
+        pool_keys, pool_values, *scales = quantize_pools(
+            tail, x, key_block=block_map.key_block, interleaved=True
+        )
+        k_scales, v_scales = (
+            torch.cat(pair, -1) for pair in zip((k_scales, v_scales), scales, strict=True)
+        )
+    v_logs = v_scales.log2()
     # In units of values too small to be seen, sums of others would leave float32.
     v_logs = v_logs.maximum(v_logs.amax(-1, keepdim=True) - 40)
-    scales = torch.stack([x.k_scales, v_logs], -1)
+    scales = torch.stack([k_scales, v_logs], -1)
     batch, heads, num_queries, head_dim = call.q.shape
     num_rows, key_block = block_map.counts.shape[-1], block_map.key_block
     num_work = batch * heads * num_rows
@@ -316,12 +357,17 @@ def forward(call: AttentionCall) -> None:
             block_map.by_count, block_map.counts.new_zeros(1),
             block_map.counts.contiguous(), block_map.indices.contiguous(),
             None if key_lengths is None else key_lengths.contiguous(),
-            order, order_stride, call.scale, *call.out.stride()[:3],
+            order, order_stride,
+            None if tail is None else _describe(pool_keys, key_block, head_dim),
+            None if tail is None else _describe(pool_values, head_dim, key_block),
+            None if tail is None else tail.bias.contiguous(),
+            None if tail is None else block_map.bits,
+            call.scale, *call.out.stride()[:3],
             heads, num_queries, call.k.shape[2], num_work, num_rows, block_map.num_key_blocks,
             block_map.indices.shape[-1], call.full_key_blocks,
             D=head_dim, ROWS=QUERY_BLOCK // 2, KEYS=key_block,
             STAGES=NUM_STAGES[head_dim, key_block], HAS_LENGTHS=key_lengths is not None,
-            ORDERED=order is not None, WITH_LSE=call.lse is not None,
+            ORDERED=order is not None, WITH_LSE=call.lse is not None, POOL=pool_size(call),
             # 12 warps with the other partitions': 65536 / 384 registers, in multiples of 8.
             num_warps=4, maxnreg=168, enable_fp_fusion=True,
         )

@@ -42,16 +42,15 @@ def _consume(
         i_bh = i_b * H + i_h
         i_row = i_bh * NUM_ROWS + i_q
         p_blocks, i_listed = listed_blocks(i_row, i_count, indices, NUM_BLOCKS, MAX_COUNT)
-        p_lengths, pools = None, None
+        p_lengths, pools, b_bias_tile = None, None, None
         if HAS_LENGTHS:
             p_lengths = key_lengths + i_b * NUM_BLOCKS
         i_end = i_count
         if POOL > 0:
             i_end = i_count + tails.num_tiles(i_count, NUM_BLOCKS, POOL)
-            pools = tails.row_at(
-                bits, bias, bias_tiles.index(W), i_bh, i_q, NUM_ROWS, NUM_BLOCKS, POOL
-            )
-        row = (i_end, i_count, i_whole, p_blocks, i_listed, N_K, p_lengths, pools)
+            pools = tails.pools_at(bits, bias, i_bh, i_q, NUM_ROWS, NUM_BLOCKS, KEYS // POOL)
+            b_bias_tile = bias_tiles.index(W)
+        row = (i_end, i_count, i_whole, p_blocks, i_listed, N_K, p_lengths, pools, b_bias_tile)
         # [ROWS]
         b_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
         b_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LOGITS))
@@ -152,7 +151,10 @@ def takes_tail(call: AttentionCall) -> bool:
     return tail is not None and _can_describe(tail.keys) and _can_describe(tail.values)
 
 
-def _pool_size(call: AttentionCall) -> int:
+def pool_size(call: AttentionCall) -> int:
+    """Keys of one of the tail's pools; 0 without a tail."""
+    if call.tail is None:
+        return 0
     block_map = call.block_map
     return block_map.num_key_blocks * block_map.key_block // call.tail.keys.shape[2]
 
@@ -211,7 +213,7 @@ def forward(call: AttentionCall) -> None:
             D=head_dim, ROWS=QUERY_BLOCK // 2, KEYS=key_block,
             STAGES=NUM_STAGES[head_dim, key_block], HAS_LENGTHS=key_lengths is not None,
             ORDERED=order is not None, WITH_LSE=call.lse is not None,
-            POOL=0 if tail is None else _pool_size(call),
+            POOL=0 if tail is None else pool_size(call),
             # 12 warps with the other partitions': 65536 / 384 registers, in multiples of 8.
             num_warps=4, maxnreg=168, enable_fp_fusion=True,
         )

@@ -20,6 +20,7 @@ def dense_attention(
     v: Tensor,
     config: DFSAttnConfig,
     *,
+    correction: bool = False,
     mask: Tensor | None = None,
     text: TextLengths | None = None,
     video_tokens: int = 0,
@@ -30,6 +31,7 @@ def dense_attention(
     Args:
         q, k, v: `[B, N, H, D]`.
         config: Whether the kernels do it, and how.
+        correction: Whether a correction is measured by it.
         mask: `[B, 1, 1 or N, N]` as the user's backend takes it; None for none.
         text: Real tokens behind the video's, where the mask says no more than that; the padding
             behind the longest is cut off, and the mask if no other is left, since masks cost speed.
@@ -44,11 +46,12 @@ def dense_attention(
         longest = video_tokens + text.longest
         q, k, v = (x[:, :longest] for x in (q, k, v))
         mask = None if text.shortest == text.longest else mask[..., :longest]
-    if config.dense_precision == "full" or (mask is not None and text is None):
+    precision = config.dense_precisions[correction]
+    if precision == "full" or (mask is not None and text is None):
         out = dispatch_attention_fn(q, k, v, attn_mask=mask, **dispatch)
     else:
         lengths = None if mask is None else video_tokens + text.rows.to(q.device)
-        out = _by_kernel(q, k, v, config, config.dense_precision, lengths)
+        out = _by_kernel(q, k, v, config, precision, lengths)
     missing = tokens - out.shape[1]
     return F.pad(out, (0, 0, 0, 0, 0, missing)) if missing else out
 
@@ -78,8 +81,10 @@ def _by_kernel(
 def check_kernels(token: Tensor, config: DFSAttnConfig) -> None:
     """Let the kernels that a run will need do one token, `[1, 1, H, D]`, rather than fail late."""
     _by_kernel(token, token, token, config, config.precision)
-    if config.dense_precision != "full":
-        try:
-            _by_kernel(token, token, token, config, config.dense_precision)
-        except ValueError as error:
-            raise ValueError(f"dense_precision={config.dense_precision!r}: {error}") from None
+    dense, correction = config.dense_precisions
+    for precision, name in {correction: "correction", dense: "dense"}.items():
+        if precision != "full":
+            try:
+                _by_kernel(token, token, token, config, precision)
+            except ValueError as error:
+                raise ValueError(f"{name}_precision={precision!r}: {error}") from None

@@ -87,6 +87,7 @@ def test_overrides_and_immutability():
         (dict(query_block=0), ValueError, "query_block must be at least 1"),
         (dict(tail="median"), ValueError, "tail must be one of None, mean, moment; got 'median'"),
         (dict(tail="mean", tail_pool=48), ValueError, "tail_pool must divide key_block; got tail_"),
+        (dict(correction_precision="fp4"), ValueError, "one of None, full, fp8; got 'fp4'"),
         (dict(tail_pool=0), ValueError, "tail_pool must be at least 1"),
         (dict(precision="int8"), ValueError, "precision must be one of full, fp8; got 'int8'"),
         (dict(selection="error"), ValueError, "ranks blocks by what the tail gets wrong; got tail"),

@@ -1,5 +1,7 @@
 """Dense attention: the user's backend, or 8 bits where they are asked for."""
 
+from collections import Counter
+
 import pytest
 import torch
 from tiny_pipelines import FAMILIES, run, tiny_wan
@@ -100,11 +102,30 @@ def test_corrections_are_measured_without_the_errors_of_8_bits(stand_in):
         assert set(stand_in[:half]) == {refresh} and set(stand_in[half:]) == {("fp8", "triton_fp8")}
 
 
-def test_where_no_kernel_has_fp8_it_is_refstand_in_before_any_step():
+def test_corrections_can_be_measured_by_full_precision(stand_in):
+    pipe, seen = tiny_wan(), {}
+    config = DFSAttnConfig(
+        dense_fraction=0.5, keep_ratios=(0.3,), tile_size=8, query_block=32, key_block=32,
+        residual_pool=8, precision="fp8", dense_precision="fp8", backend="triton_fp8",
+    )
+    for precision in (None, "fp8", "full"):
+        stand_in.clear()
+        with enable_dfsattn(pipe, config, correction_precision=precision):
+            run(pipe, steps=4)
+        seen[precision] = Counter(stand_in)
+    # What a correction takes off its dense attention is in full precision always.
+    refreshes = seen["full"]["full", "auto"]
+    assert refreshes > 0 and seen[None] == seen["fp8"]
+    assert seen["fp8"] - seen["full"] == {("fp8", "triton_fp8"): refreshes}
+    assert seen["full"]["fp8", "triton_fp8"] > 2 * refreshes
+
+
+def test_where_no_kernel_has_fp8_it_is_refused_before_any_step():
     pipe, steps = tiny_wan(), []
-    enable_dfsattn(pipe, DENSE, dense_precision="fp8")
-    with pytest.raises(ValueError, match="dense_precision='fp8': .* cpu"):
-        run(pipe, callback_on_step_end=lambda *a: steps.append(1) or {})
+    for name in ("dense_precision", "correction_precision"):
+        refused = pytest.raises(ValueError, match=f"{name}='fp8': .* cpu")
+        with enable_dfsattn(pipe, DENSE, **{name: "fp8"}), refused:
+            run(pipe, callback_on_step_end=lambda *a: steps.append(1) or {})
     assert not steps
 
 

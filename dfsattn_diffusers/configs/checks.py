@@ -1,9 +1,12 @@
-"""Checks of single values, with messages that say what was wanted."""
+"""Checks of values, with messages that say what was wanted."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import DFSAttnConfig
 
 
 def as_tuple(name: str, value: Any, of: str = "numbers") -> tuple:
@@ -52,4 +55,27 @@ def check_ratios(name: str, ratios: tuple[float, ...]) -> None:
     if any(later > earlier for earlier, later in zip(ratios, ratios[1:])):
         raise ValueError(
             f"{name} must not rise along the run; got {ratios}. Put the largest first."
+        )
+
+
+def check_blocks(config: DFSAttnConfig) -> None:
+    """Refuse sizes of tiles, blocks and pools that do not divide each other."""
+    for name in ("tile_size", "query_block", "key_block", "tail_pool"):
+        check_int(name, getattr(config, name), least=1)
+    for name in ("query_block", "key_block"):
+        if getattr(config, name) % config.tile_size:
+            raise ValueError(
+                f"tile_size must divide {name}; got tile_size {config.tile_size} and {name} "
+                f"{getattr(config, name)}."
+            )
+    if config.tail is not None and config.key_block % config.tail_pool:
+        raise ValueError(
+            f"tail_pool must divide key_block; got tail_pool {config.tail_pool} and key_block "
+            f"{config.key_block}."
+        )
+    small, large = sorted((config.query_block, config.key_block))
+    if large % small:
+        raise ValueError(
+            "One of query_block and key_block must divide the other; got "
+            f"{config.query_block} and {config.key_block}."
         )

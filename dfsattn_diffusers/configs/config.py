@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checks import as_tuple, check_flag, check_fraction, check_int, check_number, check_ratios
+from .checks import (
+    as_tuple,
+    check_blocks,
+    check_flag,
+    check_fraction,
+    check_int,
+    check_number,
+    check_ratios,
+)
 from .files import read_fields, write_fields
 
 ORDERS = ("hilbert3d", "hilbert2d", "hilbert_fw", "hilbert_fh", "cuboid", "raster")
@@ -22,6 +30,7 @@ _CHOICES = {
     "tail": TAILS,
     "precision": PRECISIONS,
     "dense_precision": PRECISIONS,
+    "correction_precision": (None, *PRECISIONS),
 }
 
 
@@ -86,6 +95,9 @@ class DFSAttnConfig:
         dense_precision: Of attention that stays dense: "full", by the user's backend, or "fp8", by
             the kernels, where no mask but that of padding is in the way. Dense steps are most of
             what fast presets take; what goes wrong there stays in the video.
+        correction_precision: Of dense attention that a correction is measured by, which repeats its
+            errors until the next one; None is `dense_precision`. "full" beside that in "fp8" is
+            closer to the dense video, where only the first steps are in 8 bits then.
         backend: Kernel: "auto" or a name from `dfsattn_diffusers.kernels.list_backends()`.
 
     Raises:
@@ -116,6 +128,7 @@ class DFSAttnConfig:
     backend: str = "auto"
     last_step_dense: bool = False
     dense_precision: str = "full"
+    correction_precision: str | None = None
 
     def __post_init__(self):
         sequences = ["keep_ratios", "dense_layers"]
@@ -138,7 +151,7 @@ class DFSAttnConfig:
                     f"{name} must be one of {', '.join(map(str, choices))}; got "
                     f"{getattr(self, name)!r}."
                 )
-        self._check_blocks()
+        check_blocks(self)
         if self.selection == "error" and self.tail is None:
             raise ValueError(
                 'selection "error" ranks blocks by what the tail gets wrong; got tail=None. Set '
@@ -180,27 +193,6 @@ class DFSAttnConfig:
                 f"and query_block {self.query_block}."
             )
 
-    def _check_blocks(self) -> None:
-        for name in ("tile_size", "query_block", "key_block", "tail_pool"):
-            check_int(name, getattr(self, name), least=1)
-        for name in ("query_block", "key_block"):
-            if getattr(self, name) % self.tile_size:
-                raise ValueError(
-                    f"tile_size must divide {name}; got tile_size {self.tile_size} and {name} "
-                    f"{getattr(self, name)}."
-                )
-        if self.tail is not None and self.key_block % self.tail_pool:
-            raise ValueError(
-                f"tail_pool must divide key_block; got tail_pool {self.tail_pool} and key_block "
-                f"{self.key_block}."
-            )
-        small, large = sorted((self.query_block, self.key_block))
-        if large % small:
-            raise ValueError(
-                "One of query_block and key_block must divide the other; got "
-                f"{self.query_block} and {self.key_block}."
-            )
-
     @property
     def tail_cost(self) -> float:
         """Work for a key that is not kept, relative to one that is: 0 where it is dropped."""
@@ -210,6 +202,11 @@ class DFSAttnConfig:
         """Which kernel has products of this precision: `backend` where it is `precision`'s."""
         backend = self.backend if precision == self.precision else "auto"
         return dict(precision=precision, backend=backend)
+
+    @property
+    def dense_precisions(self) -> tuple[str, str]:
+        """Of dense attention, and of that which a correction is measured by."""
+        return self.dense_precision, self.correction_precision or self.dense_precision
 
     def per_call(self, exact: bool = False) -> dict[str, Any]:
         """Fields that every sparse attention call is made with, under their names.

@@ -90,7 +90,7 @@ class LayerProcessor:
         layout, text = state.layout(like.device), state.forward.text_lengths(like.device)
         reuse, pool = decision.mode == "reuse", config.residual_pool
         # Dense goes first: its tensors are gone before those in curve order are made.
-        exact = None if reuse or pool is None else self._attend_dense(*call)
+        exact = None if reuse or pool is None else self._attend_dense(*call, correction=True)
         kept = state.kept(self.layer, like.shape[0]) if reuse else Kept()
         now = dict(text_lengths=text, keep_ratio=decision.keep_ratio)
         x = prepare(streams, layout, rotary, scored=not reuse, choice=kept.choice, **now)
@@ -111,11 +111,13 @@ class LayerProcessor:
             state.observer(self.layer, x.q, x.k, block_map, x.choice)
         return out
 
-    def _attend_dense(self, streams, rotary, attention_mask, mask_is_text_padding) -> Tensor:
+    def _attend_dense(
+        self, streams, rotary, attention_mask, mask_is_text_padding, correction=False
+    ) -> Tensor:
         x = prepare_qkv(streams, rotary, heads_first=False)
         forward = self.state.forward
         return dense_attention(
-            x.q, x.k, x.v, self.state.settings, mask=attention_mask,
+            x.q, x.k, x.v, self.state.settings, correction=correction, mask=attention_mask,
             text=forward.text if mask_is_text_padding else None,
             video_tokens=forward.geometry.video_tokens,
             backend=self._attention_backend, parallel_config=self._parallel_config,

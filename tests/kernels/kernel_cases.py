@@ -196,6 +196,14 @@ def problem(
     return Problem(q, k, v, mask.to(device), query_block, key_block)
 
 
+def several_rows(device: str, sizes: tuple[int, int], **more) -> Problem:
+    """In bfloat16, for kernels whose programs take several rows; head dim and key block."""
+    head_dim, key_block = sizes
+    return problem(
+        device, torch.bfloat16, head_dim=head_dim, key_block=key_block, heads=5, density=0.2, **more
+    )
+
+
 def large_logits(p: Problem) -> Problem:
     """Far beyond where exp overflows."""
     return replace(p, q=p.q * 40)

@@ -12,6 +12,7 @@ from kernel_cases import (
     check_large_offsets,
     problem,
     segments,
+    several_rows,
     some_full_rows,
 )
 from test_tail import tail_of
@@ -70,15 +71,9 @@ def test_nasty(device, change):
 @pytest.mark.parametrize("device", GPU)
 def test_many_rows(monkeypatch, device, fewest, sizes, change):
     """More than the GPU has multiprocessors, so that a program takes several."""
-    head_dim, key_block = sizes
     if fewest:
         monkeypatch.setitem(backend.NUM_STAGES, sizes, 2)
-    p = change(
-        problem(
-            device, torch.bfloat16, num_queries=4500, head_dim=head_dim, heads=5,
-            key_block=key_block, density=0.2,
-        )
-    )
+    p = change(several_rows(device, sizes, num_queries=4500))
     p.mask[:, 0, 3:9] = False
     check_fp8(p, "gluon_fp8", nearest_logarithm)
 
@@ -89,14 +84,8 @@ def test_many_rows(monkeypatch, device, fewest, sizes, change):
 @pytest.mark.parametrize("device", GPU)
 def test_tail(monkeypatch, device, pool, sizes, change):
     """In the kernel itself, tiles of full pools and of short ones."""
-    head_dim, key_block = sizes
     monkeypatch.setattr(api, "add_tail", None)
-    p = change(
-        problem(
-            device, torch.bfloat16, num_queries=2300, num_keys=17_000, head_dim=head_dim, heads=5,
-            key_block=key_block, density=0.2,
-        )
-    )
+    p = change(several_rows(device, sizes, num_queries=2300, num_keys=17_000))
     check_fp8(p, "gluon_fp8", nearest_logarithm, tail_of(p, pool, True))
 
 

@@ -9,8 +9,8 @@ from kernel_cases import (
     ON_CUDA,
     assert_close,
     check_large_offsets,
-    problem,
     segments,
+    several_rows,
     some_full_rows,
 )
 from sass import spills_of_tiles, undefined_reads
@@ -80,15 +80,9 @@ def test_refuses_what_it_cannot_do(monkeypatch, device, changes, message):
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_CUDA)])
 def test_many_rows(monkeypatch, device, fewest, sizes, change):
     """More than the GPU does at a time."""
-    head_dim, key_block = sizes
     if fewest:
         monkeypatch.setitem(backend.NUM_STAGES, sizes, 2)
-    p = change(
-        problem(
-            device, torch.bfloat16, num_queries=4500, head_dim=head_dim, heads=5,
-            key_block=key_block, density=0.2,
-        )
-    )
+    p = change(several_rows(device, sizes, num_queries=4500))
     p.mask[:, 0, 3:9] = False
     out, lse = p.run("gluon_hopper", return_lse=True)
     exact, eager = p.dense(torch.float64), p.dense(torch.bfloat16)
@@ -102,14 +96,8 @@ def test_many_rows(monkeypatch, device, fewest, sizes, change):
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_CUDA)])
 def test_tail(monkeypatch, device, pool, sizes, change):
     """In the kernel itself, tiles of full pools and of short ones."""
-    head_dim, key_block = sizes
     monkeypatch.setattr(api, "add_tail", None)
-    p = change(
-        problem(
-            device, torch.bfloat16, num_queries=2300, num_keys=17_000, head_dim=head_dim, heads=5,
-            key_block=key_block, density=0.2,
-        )
-    )
+    p = change(several_rows(device, sizes, num_queries=2300, num_keys=17_000))
     check_tail(p, pool, True, "gluon_hopper")
 
 

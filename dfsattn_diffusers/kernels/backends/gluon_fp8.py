@@ -335,12 +335,11 @@ def forward(call: AttentionCall) -> None:
     )
     k_scales, v_scales, pool_keys, pool_values = x.k_scales, x.v_scales, None, None
     if tail is not None:
-        pool_keys, pool_values, *scales = quantize_pools(
+        pool_keys, pool_values, *pool_scales = quantize_pools(
             tail, x, key_block=block_map.key_block, interleaved=True
         )
-        k_scales, v_scales = (
-            torch.cat(pair, -1) for pair in zip((k_scales, v_scales), scales, strict=True)
-        )
+        k_scales = torch.cat([k_scales, pool_scales[0]], -1)
+        v_scales = torch.cat([v_scales, pool_scales[1]], -1)
     v_logs = v_scales.log2()
     # In units of values too small to be seen, sums of others would leave float32.
     v_logs = v_logs.maximum(v_logs.amax(-1, keepdim=True) - 40)
@@ -367,7 +366,8 @@ def forward(call: AttentionCall) -> None:
             block_map.indices.shape[-1], call.full_key_blocks,
             D=head_dim, ROWS=QUERY_BLOCK // 2, KEYS=key_block,
             STAGES=NUM_STAGES[head_dim, key_block], HAS_LENGTHS=key_lengths is not None,
-            ORDERED=order is not None, WITH_LSE=call.lse is not None, POOL=pool_size(call),
+            ORDERED=order is not None, WITH_LSE=call.lse is not None,
+            POOL=pool_size(tail, block_map),
             # 12 warps with the other partitions': 65536 / 384 registers, in multiples of 8.
             num_warps=4, maxnreg=168, enable_fp_fusion=True,
         )

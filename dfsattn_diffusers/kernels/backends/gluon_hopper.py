@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,10 @@ from . import _hopper_tail as tails
 from ._hopper_attend import attend
 from ._hopper_rings import TensorDescriptor, gl, gluon
 from ._hopper_rows import COUNTS, listed_blocks, make_row_ring, produce, receive_row, store_rows
+
+if TYPE_CHECKING:
+    from ..block_map import BlockMap
+    from ..tail import Tail
 
 NAME = "gluon_hopper"
 
@@ -151,12 +156,11 @@ def takes_tail(call: AttentionCall) -> bool:
     return tail is not None and _can_describe(tail.keys) and _can_describe(tail.values)
 
 
-def pool_size(call: AttentionCall) -> int:
+def pool_size(tail: Tail | None, block_map: BlockMap) -> int:
     """Keys of one of the tail's pools; 0 without a tail."""
-    if call.tail is None:
+    if tail is None:
         return 0
-    block_map = call.block_map
-    return block_map.num_key_blocks * block_map.key_block // call.tail.keys.shape[2]
+    return block_map.num_key_blocks * block_map.key_block // tail.keys.shape[2]
 
 
 def rank(call: AttentionCall) -> int:
@@ -213,7 +217,7 @@ def forward(call: AttentionCall) -> None:
             D=head_dim, ROWS=QUERY_BLOCK // 2, KEYS=key_block,
             STAGES=NUM_STAGES[head_dim, key_block], HAS_LENGTHS=key_lengths is not None,
             ORDERED=order is not None, WITH_LSE=call.lse is not None,
-            POOL=0 if tail is None else pool_size(call),
+            POOL=pool_size(tail, block_map),
             # 12 warps with the other partitions': 65536 / 384 registers, in multiples of 8.
             num_warps=4, maxnreg=168, enable_fp_fusion=True,
         )

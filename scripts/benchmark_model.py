@@ -14,8 +14,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from benchmark_tools import OutOfTime, Record, config_named, milliseconds
+from benchmark_tools import CHANGES, OutOfTime, Record, config_named, milliseconds
 from diffusers.models.attention_dispatch import attention_backend
+from model_report import profile_rows
+from step_profile import profile
 from video_models import MODELS, TINY, Denoising
 
 from dfsattn_diffusers import enable_dfsattn, list_presets
@@ -166,29 +168,31 @@ def whole(run, configs, steps, record):
         record.save()
 
 
-def profile(run, config, steps):
-    """Print the kernels of a refresh and of the reuse step after it that take the most time."""
-    kinds = [kind.split()[0] for kind in plan(config, steps)]
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities = [torch.profiler.ProfilerActivity.CUDA]
-    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    sparse = [kind for kind in ("refresh", "reuse") if kind in kinds]
-    with enable_dfsattn(run, config):
-        for kind in sparse:
-            run.step(kinds.index(kind))
-        for kind in sparse:
-            with torch.profiler.profile(activities=activities) as profiler:
-                run.step(kinds.index(kind))
-            averages = profiler.key_averages()
-            print(kind, averages.table(sort_by=order, row_limit=25, max_name_column_width=80))
+def profile_steps(run, name, configs, steps, record):
+    """What a step's time goes into: of the best dense baseline, and of each kind of ours."""
+    best, parts = baselines_of(run)[-1], record.data.get("profile", {})
+    if best not in parts:
+        with baseline(run, best):
+            dense = profile(run, 0)
+        record.save(profile=parts | {best: {"dense": dense}})
+    for label, config in configs.items():
+        record.check_time()
+        record.follow(label, config.to_dict())
+        kinds = plan(config, steps)
+        torch.compiler.reset()
+        with enable_dfsattn(run, config):
+            ours = {kind: profile(run, kinds.index(kind)) for kind in dict.fromkeys(kinds)}
+        record.save(profile=record.data["profile"] | {label: ours})
+    for label in (best, *configs):
+        for row in profile_rows(name, label, record.data["profile"][label]):
+            print(f"| {' | '.join(row)} |", flush=True)
 
 
 def benchmark(model, name, args):
     """Measure one model, as far as time allows, and print what is complete."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     changes = TINY_CHANGES if args.tiny else {}
-    labels = [f"{preset}, fp8" if args.fp8 else preset for preset in args.presets]
+    labels = [f"{preset}, {args.change}" if args.change else preset for preset in args.presets]
     configs = {label: config_of(label, args.tiny) for label in labels}
     record = Record(args.output, name, args.deadline, args.iters)
     record.check_time()
@@ -201,7 +205,7 @@ def benchmark(model, name, args):
     if "gate" not in record.data:
         record.save(gate=gate(run, changes))
     if args.profile:
-        profile(run, next(iter(configs.values())), args.steps)
+        profile_steps(run, name, configs, args.steps, record)
         return
     sample_dense(run, record)
     for preset, config in configs.items():
@@ -227,14 +231,14 @@ def main(argv=None):
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="what to time")
     add("--presets", nargs="+", choices=list_presets(), default=["paper"], help="of DFSAttn")
-    add("--fp8", action="store_true", help="the presets with attention in 8 bits, dense and sparse")
+    add("--change", choices=CHANGES, help="of the presets: attention in 8 bits, dense and sparse")
     add("--steps", type=int, default=50, help="denoising steps of a whole run")
     add("--iters", type=int, default=3, help="samples of each kind of step")
     add("--seconds", type=float, default=540, help="begin nothing new after so long")
     add("--whole-run", action="store_true", help="also really run all steps with each preset")
     add("--compile", nargs="?", const="inductor", metavar="BACKEND",
         help="torch.compile the blocks, dense and sparse, each as one graph")
-    add("--profile", action="store_true", help="instead, show where the time goes")
+    add("--profile", action="store_true", help="instead, measure where a step's time goes")
     add("--tiny", action="store_true", help="the same on models of no size, also without a GPU")
     add("--output", type=Path, default=Path("benchmarks/model.json"), help="JSON, added to")
     args = parser.parse_args(argv)

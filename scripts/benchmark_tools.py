@@ -12,14 +12,15 @@ import torch
 
 from dfsattn_diffusers.configs import resolve_config
 
-# All attention in 8 bits, dense and sparse.
+# All attention in 8 bits, dense and sparse; or all but what corrections are measured by.
 FP8 = dict(precision="fp8", dense_precision="fp8")
+CHANGES = {"fp8": FP8, "fp8 but corrections": FP8 | {"correction_precision": "full"}}
 
 
 def config_named(label):
-    """A preset, or one in 8 bits: "PRESET, fp8"."""
+    """A preset, or one with a change of `CHANGES`: "PRESET, fp8"."""
     preset, _, change = label.partition(", ")
-    return resolve_config(preset, **{"": {}, "fp8": FP8}[change])
+    return resolve_config(preset, **CHANGES[change] if change else {})
 
 
 def completed(config):
@@ -104,7 +105,7 @@ class Record:
         known[name] = settings
         ms = self.data["ms"]
         self.data["ms"] = {key: ms[key] for key in ms if not key.startswith(f"{name} ")}
-        for kept in ("composed_s", "whole_run_s", "peak_gib"):
+        for kept in ("composed_s", "whole_run_s", "peak_gib", "profile"):
             self.data.get(kept, {}).pop(name, None)
 
     def check_time(self):

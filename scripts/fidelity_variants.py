@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from benchmark_tools import FP8
+from benchmark_tools import CHANGES, FP8
 from rivals import RIVALS
 
 from dfsattn_diffusers import list_presets
@@ -137,9 +137,13 @@ VARIANTS = {
     "paper": _ours(),
     # The presets as they are.
     **{f"preset {name}": _preset(name) for name in _PRESETS},
-    # Attention in 8 bits: all of a dense run, or dense and sparse steps of presets.
-    "dense, 8 bits": _ours(dense_fraction=1.0, **FP8),
-    **{f"preset {name}, 8 bits": _preset(name, **FP8) for name in ("fast", "turbo")},
+    # Attention in 8 bits: all of a dense run, all of a preset's, or all but corrections.
+    "dense, fp8": _ours(dense_fraction=1.0, **FP8),
+    **{
+        f"preset {name}, {change}": _preset(name, **changes)
+        for change, changes in CHANGES.items()
+        for name in ("fast", "turbo")
+    },
     # In short runs.
     **{
         f"preset {name}, {steps} steps": Variant(

@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from statistics import mean
 
-from benchmark_tools import config_named
+import model_report
 from fidelity_report import HEADER, drawing, groups, rows_of, title_of, usual_steps
 
 from dfsattn_diffusers import list_presets
@@ -234,61 +234,25 @@ def trials():
     return markdown(["idea", "in", *names], rows)
 
 
-def model_runs():
-    """Name, record, preset and seconds of each whole run in the data; none of older presets."""
+def model_data():
     path = ROOT / "benchmarks" / "model.json"
-    for name, record in json.loads(path.read_text()).items() if path.exists() else ():
-        for preset, seconds in record.get("composed_s", {}).items():
-            if resolve_config(record["settings"][preset]) == config_named(preset):
-                yield name, record, preset, seconds
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def models():
-    runs = list(model_runs())
-    if not runs:
+    data = model_data()
+    if not data:
         return "Not measured yet."
-    software = {f"torch {x['torch']}, triton {x['triton']}" for _, x, _, _ in runs}
-    rows = []
-    for name, record, preset, seconds in runs:
-        ours = seconds["ours"]
-        dense = [
-            f"{seconds[way]:.0f} (x {seconds[way] / ours:.2f})" if way in seconds else ""
-            for way in ("dense, as shipped", "dense", "dense, cuDNN")
-        ]
-        gpu = record["gpu"].removeprefix("NVIDIA ")
-        really = record.get("whole_run_s", {}).get(preset)
-        times = [f"{ours:.0f}", "" if really is None else f"{really:.0f}", *dense]
-        rows.append([name, size_of(record), record["steps"], gpu, f"`{preset}`", *times])
-    header = ["model", "frames x height x width", "steps", "GPU", "preset"]
-    header += ["DFSAttn, s", "really run, s"]
-    header += ["dense as shipped, s", "dense, s", "dense cuDNN, s"]
-    return "; ".join(sorted(software)) + ".\n\n" + markdown(header, rows)
+    software = {f"torch {x['torch']}, triton {x['triton']}" for x in data.values()}
+    return f"{'; '.join(sorted(software))}.\n\n{markdown(*model_report.runs(data))}"
 
 
 def speed():
-    """Each model's fastest preset, where an H200 ran it."""
-    timed, took = {}, {}
-    for name, record, preset, seconds in model_runs():
-        took[name, preset] = seconds["ours"]
-        if record["gpu"].endswith("H200") and preset in list_presets():
-            timed.setdefault(name, []).append((seconds["ours"], preset, record, seconds))
-    rows = []
-    for name, runs in timed.items():
-        ours, preset, record, seconds = min(runs)
-        shipped = seconds.get("dense, as shipped", seconds["dense"])
-        cudnn = seconds["dense, cuDNN"]
-        source = record["source"].split("/")[-1].removesuffix("-Diffusers")
-        row = [source, size_of(record), f"{shipped / 60:.1f} min", f"{cudnn / 60:.1f} min"]
-        eight = took.get((name, f"{preset}, fp8"))
-        eight = f"{eight / 60:.1f} min (x {shipped / eight:.1f})" if eight else ""
-        row += [f"**{ours / 60:.1f} min** (`{preset}`)", f"x {shipped / ours:.1f}", eight]
-        rows.append(row)
-    header = ["model", "frames x height x width", "diffusers", "its cuDNN backend", "DFSAttn"]
-    return markdown([*header, "speed-up", "in 8 bits"], rows)
+    return markdown(*model_report.fastest(model_data()))
 
 
-def size_of(record):
-    return " x ".join(map(str, record["size"]))
+def profile():
+    return markdown(*model_report.profiles(model_data()))
 
 
 # Each document's tables, by the name of the marks around them.
@@ -296,6 +260,7 @@ TABLES = {
     "README.md": {"speed": speed, "presets": presets},
     "docs/performance.md": {
         "kernels": kernels, "tail": tail, "prologue": prologue, "models": models,
+        "profile": profile,
     },
     "docs/fidelity.md": {"fidelity": fidelity, "trials": trials},
 }

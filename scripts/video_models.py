@@ -124,7 +124,7 @@ class Denoising:
         self.transformer = build(model, device, dtype)
         self.scheduler = getattr(diffusers, self.family.scheduler)(**self.family.scheduler_config)
         self.scheduler.set_timesteps(steps, device=device)
-        self._device, self._dtype, self._guidance = device, dtype, guidance
+        self.device, self._dtype, self._guidance = device, dtype, guidance
         self._current_timestep = None
         self._rows = 2 if model.family == "cogvideox" else 1
         self.latents = self._randn(self._latent_shape())
@@ -155,7 +155,7 @@ class Denoising:
     def whole_run(self):
         """All steps, guided, from fresh noise to `latents`."""
         self.latents = self._randn(self._latent_shape())
-        self.scheduler.set_timesteps(len(self.scheduler.timesteps), device=self._device)
+        self.scheduler.set_timesteps(len(self.scheduler.timesteps), device=self.device)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
         for index, timestep in enumerate(self.scheduler.timesteps):
@@ -196,7 +196,7 @@ class Denoising:
         return 1, math.ceil(frames / patch) * patch, config.in_channels, height // 8, width // 8
 
     def _make_inputs(self):
-        config, device = self.transformer.config, self._device
+        config, device = self.transformer.config, self.device
         width = config.text_dim if self.model.family == "wan" else config.text_embed_dim
         text = self._randn((self._rows, self.family.text_tokens, width)).to(self._dtype)
         inputs = dict(encoder_hidden_states=text)
@@ -218,12 +218,12 @@ class Denoising:
             frames //= config.patch_size_t
             crops = dict(crops_coords=None, grid_type="slice", max_size=grid)
         return get_3d_rotary_pos_embed(
-            config.attention_head_dim, grid_size=grid, temporal_size=frames, device=self._device,
+            config.attention_head_dim, grid_size=grid, temporal_size=frames, device=self.device,
             **crops,
         )
 
     def _randn(self, shape):
-        return torch.randn(shape, device=self._device)
+        return torch.randn(shape, device=self.device)
 
 
 def _trim(inputs):

@@ -3,7 +3,9 @@
 import importlib
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -248,9 +250,9 @@ def test_the_documents_table_comes_from_the_data(load, tmp_path, monkeypatch):
 
     faster = seconds | {"ours": 200.0}
     h200 = record | dict(gpu="NVIDIA H200", source="maker/Video-Diffusers")
-    h200["settings"] = {
-        label: docs.config_named(label).to_dict() for label in ("paper", "turbo", "turbo, fp8")
-    }
+    config_named = load("benchmark_tools").config_named
+    labels = "paper", "turbo", "turbo, fp8"
+    h200["settings"] = {label: config_named(label).to_dict() for label in labels}
     # The fastest preset by itself, and in 8 bits beside it.
     eight = seconds | {"ours": 150.0}
     data["video"] = h200 | {"composed_s": {"paper": seconds, "turbo": faster, "turbo, fp8": eight}}
@@ -269,8 +271,61 @@ def test_compiled_blocks(model, load, tmp_path):
     assert record["gate"]["ours"] < 1e-5 and "ours" in record["composed_s"]["paper"]
 
 
-def test_profile_shows_kernels(load, tmp_path, capsys):
-    benchmark = load("benchmark_model")
-    arguments = ["--tiny", "--models=cogvideox-5b", f"--steps={STEPS}", "--profile"]
-    benchmark.main([*arguments, f"--output={tmp_path / 'model.json'}"])
-    assert "aten::" in capsys.readouterr().out
+@pytest.mark.parametrize("model, text", [("wan-480p", True), ("cogvideox-5b", False)])
+def test_profiles(model, text, load, tmp_path, capsys):
+    """Each kind of step once, and in every part something; run again, it is measured anew."""
+    benchmark, output = load("benchmark_model"), tmp_path / "model.json"
+    arguments = ["--tiny", f"--models={model}", f"--steps={STEPS}", "--profile"]
+    for _ in range(2):
+        benchmark.main([*arguments, f"--output={output}"])
+    record = json.loads(output.read_text())[model]
+    config = benchmark.config_of("paper", tiny=True)
+    dense, steps = record["profile"]["dense"], record["profile"]["paper"]
+    assert set(record["profile"]) == {"dense", "paper"} and set(dense) == {"dense"}
+    assert list(steps) == list(dict.fromkeys(benchmark.plan(config, STEPS)))
+    for parts in (dense["dense"], *steps.values()):
+        assert list(parts) == list(load("step_profile").PARTS)
+        ours = parts is not dense["dense"]
+        assert (parts["around attention"] > 0) == ours
+        assert parts["linear layers"] > 0 and parts["the rest"] > 0
+    # The reference's attention is made of operators that have no name of their own.
+    assert dense["dense"]["attention"] > 0 and (steps["reuse 0.3"]["attention"] > 0) == text
+    assert f"| {model} | `paper`, reuse 0.3 |" in capsys.readouterr().out
+
+
+def test_parts_of_a_step_are_all_of_it(load, monkeypatch):
+    """On a GPU: kernels by name, and by whether they began in a span of ours."""
+    profiles = load("step_profile")
+
+    def event(name, start, took, device=torch.autograd.DeviceType.CUDA):
+        span = SimpleNamespace(start=start, end=start + took, elapsed_us=lambda: took)
+        return SimpleNamespace(name=name, device_type=device, time_range=span)
+
+    events = [
+        event("nvjet_tst_128x256", 0, 1000),
+        event("dfsattn", 1000, 3000),
+        event("prologue_kernel", 1000, 500),
+        event("block_sparse_kernel", 1600, 2000),
+        event("ampere_sgemm_32", 3700, 300),
+        event("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", 4100, 700),
+        event("void at::native::elementwise_kernel", 5000, 100),
+        event("dfsattn", 900, 9999, torch.autograd.DeviceType.CPU),
+    ]
+    monkeypatch.setattr(profiles.torch.profiler, "profile", lambda **_: nullcontext(
+        SimpleNamespace(events=lambda: events)
+    ))  # fmt: skip
+    parts = profiles.profile(SimpleNamespace(device="cuda", step=int), 0)
+    assert parts == dict(zip(profiles.PARTS, (2.7, 0.8, 1.0, 0.1)))
+
+
+def test_the_profiles_table(load):
+    report = load("model_report")
+    config = report.config_named("turbo, fp8").to_dict()
+    parts = dict(zip(report.PARTS, (2000.0, 250.0, 1000.0, 750.0)))
+    profile = {"dense, cuDNN": {"dense": parts}, "turbo, fp8": {"reuse 0.05": parts}}
+    profile["fast"] = {"reuse 0.1": parts}  # as it was once
+    record = dict(settings={"turbo, fp8": config, "fast": {}}, profile=profile)
+    _, rows = report.profiles({"video": record, "begun": {}})
+    seconds = ["2.00", "0.25", "1.00", "0.75", "4.00"]
+    steps = ["dense, cuDNN", "`turbo, fp8`, reuse 0.05"]
+    assert rows == [["video", step, *seconds] for step in steps]

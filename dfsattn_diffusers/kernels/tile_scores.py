@@ -33,11 +33,12 @@ class LaunchSettings:
     num_stages: int
 
 
-# By compute capability, for head dims up to 128; not yet measured.
+# By compute capability, for head dims up to 128; 80 and 86 are not measured. On an H200, 24 x 7,448
+# tiles of 128, 2.4 ms; 128 x 64 with 8 warps took 2.6.
 SETTINGS = {
     80: LaunchSettings(64, 64, 4, 2),
     86: LaunchSettings(64, 32, 4, 2),
-    90: LaunchSettings(128, 64, 8, 3),
+    90: LaunchSettings(64, 128, 4, 3),
 }
 SETTINGS |= {89: SETTINGS[86], 100: SETTINGS[80], 120: SETTINGS[86]}
 

@@ -75,16 +75,16 @@ def builds(arch):
             },
         )
     pooled = halves | dict(variance="*fp32")
-    for size, warps, nothing in (
-        (32, 4, ["variance"]),
-        (128, 8, ["variance"]),
-        (64, 8, ["v", "energy", "values", "bias"]),
+    for size, nothing in (
+        (32, ["variance"]),
+        (128, ["variance"]),
+        (64, ["v", "energy", "values", "bias"]),
     ):
+        sizes = dict(SIZE=size, D=128, POOLS=tail_kernels.pools_at_once(128), ROWS=4)
         yield compile_for(
             arch,
             tail_kernels.pool_kernel,
-            dict(SIZE=size, D=128) | dict.fromkeys(nothing),
-            warps,
+            sizes | dict.fromkeys(nothing),
             types={
                 name: kind
                 for name, kind in pooled.items()

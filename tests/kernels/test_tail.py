@@ -185,6 +185,25 @@ def test_pooling(device, way, dtype, pool, head_dim):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("first", [0.0, 1e6])
+def test_variance_of_pools_far_from_zero(device, way, first):
+    """Nor does a first token far from the others spoil it."""
+    make = torch.Generator().manual_seed(5)
+    x = torch.randn(1, 2, 4 * 64, 64, generator=make) + 1000
+    x[:, :, ::64] += first
+    lengths = torch.tensor([[64, 17, 1, 2]], dtype=torch.int32)
+    means, variances = pool_moments(x.to(device), pool=64, lengths=lengths.to(device))
+    for i, n in enumerate(lengths[0].tolist()):
+        tokens = x[:, :, 64 * i : 64 * i + n].double()
+        exact = (tokens - tokens.mean(2, True)).square().mean(2)
+        variance, mean = (x[:, :, i].double().cpu() for x in (variances, means))
+        # A rounding of the largest token, and its square.
+        rounding = tokens.abs().max().item() * 2**-23
+        torch.testing.assert_close(variance, exact, rtol=1e-5, atol=rounding**2)
+        torch.testing.assert_close(mean, tokens.mean(2), rtol=1e-7, atol=rounding)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_moment_knows_two_clusters_exactly(device, way):
     """Where half the variance, a normal distribution's correction, would run away.
 

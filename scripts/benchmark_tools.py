@@ -104,7 +104,8 @@ class Record:
             return
         known[name] = settings
         ms = self.data["ms"]
-        self.data["ms"] = {key: ms[key] for key in ms if not key.startswith(f"{name} ")}
+        # Keys end in two words for the kind of step; one name may begin with another.
+        self.data["ms"] = {key: ms[key] for key in ms if key.rsplit(" ", 2)[0] != name}
         for kept in ("composed_s", "whole_run_s", "peak_gib", "profile"):
             self.data.get(kept, {}).pop(name, None)
 

@@ -230,6 +230,19 @@ def test_dense_steps_are_shared_by_presets_of_one_precision(load):
     assert keys("turbo, fp8") == ["ours dense, fp8", "turbo, fp8 reuse 0.1"]
 
 
+def test_what_changed_is_dropped_under_its_own_name_alone(load, tmp_path):
+    record = load("benchmark_tools").Record(tmp_path / "model.json", "model", math.inf, 1)
+    labels = "turbo", "turbo, fp8", "turbo, fp8 but corrections"
+    kept = {f"{label} {kind}" for label in labels for kind in ("refresh 0.05", "reuse 0.05")}
+    kept |= {"dense", "dense, cuDNN", "dense, as shipped", "ours dense", "ours dense, fp8"}
+    record.data["ms"] = dict.fromkeys(kept, [1.0])
+    record.data["profile"] = dict.fromkeys(labels, {})
+    record.data["settings"] = dict.fromkeys(labels, resolve_config("paper").to_dict())
+    record.follow("turbo, fp8", resolve_config("turbo").to_dict())
+    assert kept - set(record.data["ms"]) == {"turbo, fp8 refresh 0.05", "turbo, fp8 reuse 0.05"}
+    assert set(record.data["profile"]) == {"turbo", "turbo, fp8 but corrections"}
+
+
 def test_the_documents_table_comes_from_the_data(load, tmp_path, monkeypatch):
     docs = load("update_docs")
     monkeypatch.setattr(docs, "ROOT", tmp_path)

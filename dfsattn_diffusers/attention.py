@@ -117,7 +117,7 @@ def sparse_attention(
         tail: What stands for the blocks that are not kept: None, pools' "mean", or "moment".
         tail_pool: Keys of one pool; divides the layout's key block.
         text_lengths: `[B]` valid text tokens per batch row; None means all.
-        precision: Of the kernel's products: "full" or "fp8".
+        precision: Of the kernel's products: "full", "fp8" or "int8".
         backend: A kernel backend's name, or "auto".
 
     Returns:

@@ -45,15 +45,17 @@ def as_call(problem):
     )
 
 
-def precision_of(name):
-    return getattr(load_backend(name), "PRECISION", "full")
+def offers():
+    """Our backends and the precisions of each, with what tells them apart in a table."""
+    for name in list_backends():
+        for precision in getattr(load_backend(name), "PRECISIONS", ("full",)):
+            yield name, precision, f"ours: {name}" + (", int8" if precision == "int8" else "")
 
 
 def sparse_kernels(extra_settings, dtype):
     """Our backends by name, and the Triton kernel by what differs from its launch table."""
 
-    def public(name):
-        precision = precision_of(name)
+    def public(name, precision):
         return lambda problem: lambda: block_sparse_attention(
             problem.q, problem.k, problem.v, problem.block_map, backend=name, precision=precision,
             tail=problem.tail,
@@ -71,8 +73,8 @@ def sparse_kernels(extra_settings, dtype):
 
     small = Problem.random(*GATE_SHAPE, 128, 0.3, dtype)
     kernels = {
-        f"ours: {name}": public(name)
-        for name in list_backends()
+        title: public(name, precision)
+        for name, precision, title in offers()
         if name != "reference" and load_backend(name).why_not(as_call(small)) is None
     }
     kernels |= {name + TAIL: kernel for name, kernel in kernels.items()}

@@ -108,7 +108,8 @@ def key_of(kind, preset, config):
     """Under what a kind of step is kept; dense ones of a precision are alike in all presets."""
     if kind != "dense":
         return f"{preset} {kind}"
-    return "ours dense" if config.dense_precision == "full" else "ours dense, fp8"
+    precision = config.dense_precision
+    return "ours dense" if precision == "full" else f"ours dense, {precision}"
 
 
 def sample(run, preset, config, steps, record):

@@ -14,7 +14,11 @@ from dfsattn_diffusers.configs import resolve_config
 
 # All attention in 8 bits, dense and sparse; or all but what corrections are measured by.
 FP8 = dict(precision="fp8", dense_precision="fp8")
-CHANGES = {"fp8": FP8, "fp8 but corrections": FP8 | {"correction_precision": "full"}}
+CHANGES = {
+    "fp8": FP8,
+    "fp8 but corrections": FP8 | {"correction_precision": "full"},
+    "int8": dict(precision="int8", dense_precision="int8"),
+}
 
 
 def config_named(label):

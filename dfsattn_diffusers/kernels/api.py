@@ -71,8 +71,8 @@ def block_sparse_attention(
             are. `M = Nq` without `output_order`.
         return_lse: Also return the log-sum-exp of each query's logits.
         backend: A name from `list_backends()`, which never falls back, or "auto".
-        precision: Of the products: "full", that of the inputs, or "fp8", e4m3 (`quantize`), which
-            never falls back to the other.
+        precision: Of the products: "full", that of the inputs; "fp8", e4m3 (`quantize`); or "int8",
+            whole numbers for queries and keys. None ever falls back to another.
 
     Returns:
         `out`, and with `return_lse` also the natural log-sum-exp, `[B, H, Nq]` float32 in q's
@@ -85,15 +85,16 @@ def block_sparse_attention(
     Source: DFSAttn, Hu et al., arXiv 2605.23445; `backends/reference.py` is the specification.
     """
     call = _checked_call(
-        q, k, v, block_map, scale, key_lengths, full_key_blocks, tail, output_order, out, return_lse
+        q, k, v, block_map, scale, key_lengths, full_key_blocks, tail, output_order, out,
+        return_lse, precision,
     )
     if backend == "auto":
-        backend = _choose(call, precision).backend
+        backend = _choose(call).backend
     if backend not in list_backends():
         known = ", ".join(["auto", *list_backends()])
         raise ValueError(f"backend must be one of {known}, got {backend!r}")
     module = load_backend(backend)
-    reason = _why_not(module, call, precision)
+    reason = _why_not(module, call)
     if reason is not None:
         raise ValueError(
             f"backend {backend!r} cannot do this call: {reason}; or pass backend='auto'"
@@ -130,24 +131,24 @@ def explain(
     return _choose(
         _checked_call(
             q, k, v, block_map, scale, key_lengths, full_key_blocks, tail, output_order, out,
-            return_lse,
-        ),
-        precision,
+            return_lse, precision,
+        )
     )
 
 
-def _why_not(module, call: AttentionCall, precision: str) -> str | None:
+def _why_not(module, call: AttentionCall) -> str | None:
     reason = module.why_not(call)
-    offered = getattr(module, "PRECISION", "full")
-    if reason is None and offered != precision:
-        reason = f"its precision is {offered!r}, not {precision!r}"
+    offered = getattr(module, "PRECISIONS", ("full",))
+    if reason is None and call.precision not in offered:
+        names = " or ".join(map(repr, offered))
+        reason = f"its precision is {names}, not {call.precision!r}"
     return reason
 
 
-def _choose(call: AttentionCall, precision: str) -> Explanation:
+def _choose(call: AttentionCall) -> Explanation:
     ranks, rejected = {}, {}
     for module in map(load_backend, list_backends()):
-        reason = _why_not(module, call, precision)
+        reason = _why_not(module, call)
         if reason is None and (rank := module.rank(call)) is None:
             reason = f"auto does not use it on {call.q.device.type}"
         if reason is None:
@@ -156,14 +157,15 @@ def _choose(call: AttentionCall, precision: str) -> Explanation:
             rejected[module.NAME] = reason
     if not ranks:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
-        raise ValueError(f"precision must be 'full' here, got {precision!r}; {reasons}")
+        raise ValueError(f"precision must be 'full' here, got {call.precision!r}; {reasons}")
     best = max(ranks, key=ranks.get)
     rejected |= {name: f"slower than {best}" for name in ranks if name != best}
     return Explanation(best, rejected)
 
 
 def _checked_call(
-    q, k, v, block_map, scale, key_lengths, full_key_blocks, tail, output_order, out, return_lse
+    q, k, v, block_map, scale, key_lengths, full_key_blocks, tail, output_order, out, return_lse,
+    precision,
 ) -> AttentionCall:
     _check_tensors(q, k, v)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -197,7 +199,8 @@ def _checked_call(
     out = _check_out(q, out, ordered=output_order is not None)
     lse = _empty_lse(q) if return_lse else None
     return AttentionCall(
-        q, k, v, block_map, scale, key_lengths, full_key_blocks, output_order, out, lse, tail
+        q, k, v, block_map, scale, key_lengths, full_key_blocks, output_order, out, lse, tail,
+        precision,
     )
 
 

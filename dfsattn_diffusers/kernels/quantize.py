@@ -1,4 +1,4 @@
-"""Queries, keys and values in e4m3 with a scale per block: the specification, in plain torch."""
+"""Queries, keys and values in 8 bits with a scale per block: the specification, in plain torch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from .fast import fast
 if TYPE_CHECKING:
     from .tail import Tail
 
-# The largest number of e4m3.
-LARGEST = 448.0
+# The largest numbers of the formats. Whole numbers are three to four times as exact for queries and
+# keys, whose numbers are of one size; e4m3 is for values, and for weights, whose sizes differ.
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+# Of queries and keys, by precision.
+DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 # Keys are centred by the mean of every so many of a block: all of them would be read once more.
 SAMPLE = 8
 # Blocks of smaller numbers lose digits, so that no scale underflows and no sum overflows.
@@ -26,15 +29,15 @@ SMALLEST = 2.0**-64
 
 @dataclass(frozen=True)
 class Quantized:
-    """What an attention call reads, in e4m3; `x = x8 * scale`, the mean taken off the keys.
+    """What an attention call reads, in 8 bits; `x = x8 * scale`, the mean taken off the keys.
 
     Slots fill whole blocks; those behind a block's real tokens hold 0, whatever they held.
 
     Attributes:
-        q: `[B, H, nQ * query_block, D]`.
-        k: `[B, H, nK * key_block, D]`, without `key_mean`.
-        v: `[B, H, D, nK * key_block]`: Hopper multiplies 8-bit values with keys contiguous only;
-            keys in order, or `interleaved`.
+        q: `[B, H, nQ * query_block, D]` e4m3 or int8.
+        k: `[B, H, nK * key_block, D]` likewise, without `key_mean`.
+        v: `[B, H, D, nK * key_block]` e4m3: Hopper multiplies 8-bit values with keys contiguous
+            only; keys in order, or `interleaved`.
         q_scales: `[B, H, nQ]` float32.
         k_scales, v_scales: `[B, H, nK]` float32.
         key_mean: `[B, H, D]` float32.
@@ -62,8 +65,9 @@ def quantize(
     key_lengths: Tensor | None = None,
     key_mean: Tensor | None = None,
     interleaved: bool = False,
+    dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> Quantized:
-    """Round to e4m3, each block scaled so that its largest number is 448.
+    """Round to 8 bits, each block scaled so that its largest number is the format's.
 
     Softmax does not see a vector that is taken off all keys, so that any mean is exact; one near
     the true mean leaves little to round. All numbers must be finite, except in padding.
@@ -78,8 +82,10 @@ def quantize(
         interleaved: Order the values' keys, 16 by 16, as 0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6,
             7, 14, 15: then the weights that a thread has from Hopper's first product are those it
             needs for an 8-bit second. `key_block` must be a multiple of 16.
+        dtype: Of queries and keys, `torch.float8_e4m3fn` or `torch.int8`.
 
-    Source: SageAttention 2, Zhang et al., arXiv 2411.10958 (smoothed keys, per-block scales);
+    Source: SageAttention 2, Zhang et al., arXiv 2411.10958 (smoothed keys, per-block scales, whole
+        numbers for queries and keys beside 8-bit floats for values);
         FlashAttention-3, Shah et al., arXiv 2407.08608 (values with keys contiguous).
     """
     lengths = None if key_lengths is None else block_lengths(k, key_block, key_lengths)
@@ -90,8 +96,8 @@ def quantize(
     key_mean = key_mean.contiguous()
     round_queries = kernels.round_queries if kernels else _round_queries
     round_keys = kernels.round_keys if kernels else _round_keys
-    q8, q_scales, mean_logits = round_queries(q, query_block, key_mean)
-    k8, v8, k_scales, v_scales = round_keys(k, v, key_block, lengths, key_mean, interleaved)
+    q8, q_scales, mean_logits = round_queries(q, query_block, key_mean, dtype)
+    k8, v8, k_scales, v_scales = round_keys(k, v, key_block, lengths, key_mean, interleaved, dtype)
     return Quantized(q8, k8, v8, q_scales, k_scales, v_scales, key_mean, mean_logits)
 
 
@@ -114,7 +120,7 @@ def quantize_pools(
     keys = torch.where((tail.bias == float("-inf"))[..., None], mean, tail.keys)
     kernels = _kernels_for(keys, keys, tail.values, key_block)
     round_keys = kernels.round_keys if kernels else _round_keys
-    return round_keys(keys, tail.values, key_block, None, x.key_mean, interleaved)
+    return round_keys(keys, tail.values, key_block, None, x.key_mean, interleaved, x.k.dtype)
 
 
 def _kernels_for(q: Tensor, k: Tensor, v: Tensor, *blocks: int) -> ModuleType | None:
@@ -139,16 +145,16 @@ def sum_blocks(k: Tensor, lengths: Tensor | None, key_block: int) -> Tensor:
     return _to_blocks(k, key_block, lengths)[:, :, :, ::SAMPLE].sum(3)
 
 
-def _round_queries(q, query_block, key_mean) -> tuple[Tensor, Tensor, Tensor]:
+def _round_queries(q, query_block, key_mean, dtype) -> tuple[Tensor, Tensor, Tensor]:
     queries = _to_blocks(q, query_block)
     mean_logits = (queries @ key_mean[:, :, None, :, None]).flatten(2)
-    return *_round_blocks(queries), mean_logits
+    return *_round_blocks(queries, dtype), mean_logits
 
 
-def _round_keys(k, v, key_block, lengths, key_mean, interleaved) -> tuple[Tensor, ...]:
+def _round_keys(k, v, key_block, lengths, key_mean, interleaved, dtype) -> tuple[Tensor, ...]:
     k = k.float() - key_mean[:, :, None]
-    k8, k_scales = _round_blocks(_to_blocks(k, key_block, lengths))
-    v8, v_scales = _round_blocks(_to_blocks(v, key_block, lengths))
+    k8, k_scales = _round_blocks(_to_blocks(k, key_block, lengths), dtype)
+    v8, v_scales = _round_blocks(_to_blocks(v, key_block, lengths), torch.float8_e4m3fn)
     if interleaved:
         # Keys 8 i + 2 j + k of 16 become 4 j + 2 i + k.
         v8 = v8.unflatten(2, (-1, 2, 4, 2)).transpose(3, 4).flatten(2, 5)
@@ -164,9 +170,12 @@ def _to_blocks(x: Tensor, size: int, lengths: Tensor | None = None) -> Tensor:
     return blocks.masked_fill(~real[:, None, :, :, None], 0)
 
 
-def _round_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks `[B, H, blocks, size, D]` side by side in e4m3, and their scales."""
-    scales = blocks.abs().amax((3, 4)).clamp(min=SMALLEST) / LARGEST
+def _round_blocks(blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Blocks `[B, H, blocks, size, D]` side by side in `dtype`, and their scales."""
+    largest = LARGEST[dtype]
+    scales = blocks.abs().amax((3, 4)).clamp(min=SMALLEST) / largest
     # Saturates: the quotient may come out one rounding beyond the largest number.
-    rounded = (blocks / scales[..., None, None]).clamp(-LARGEST, LARGEST)
-    return rounded.to(torch.float8_e4m3fn).flatten(2, 3), scales
+    rounded = (blocks / scales[..., None, None]).clamp(-largest, largest)
+    if dtype == torch.int8:
+        rounded = rounded.round()
+    return rounded.to(dtype).flatten(2, 3), scales

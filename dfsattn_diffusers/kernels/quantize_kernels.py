@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .quantize import LARGEST, SAMPLE, SMALLEST
 
-_LARGEST, _SMALLEST, _SAMPLE = map(tl.constexpr, (LARGEST, SMALLEST, SAMPLE))
+_SMALLEST, _SAMPLE = map(tl.constexpr, (SMALLEST, SAMPLE))
+_E4M3, _INT8 = (tl.constexpr(LARGEST[kind]) for kind in (torch.float8_e4m3fn, torch.int8))
 # The interpreter loses the carry of a rounding: there numbers are rounded before the cast.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -24,6 +25,12 @@ def to_e4m3(b_x):
         b_small = (b_x + 24576.0) - 24576.0
         b_x = tl.where(tl.abs(b_x) < 0.015625, b_small, b_bits.to(tl.float32, bitcast=True))
     return b_x.to(tl.float8e4nv)
+
+
+@triton.jit
+def _to_int8(b_x):
+    """Nearest whole numbers, ties to even; `|x|` up to 127."""
+    return ((b_x + 12582912.0) - 12582912.0).to(tl.int8)
 
 
 @triton.jit
@@ -87,10 +94,12 @@ def quantize_kernel(
         tl.store(mean_logits + i_row * BLOCK + o_n, tl.sum(b_x * b_mean[None, :], 1))
     if CENTRED:
         b_x = tl.where((o_n < i_length)[:, None], b_x - b_mean[None, :], 0.0)
-    b_scale = tl.maximum(tl.max(tl.max(tl.abs(b_x), 1), 0), _SMALLEST) / _LARGEST
+    WHOLE: tl.constexpr = out.dtype.element_ty == tl.int8
+    LARGEST: tl.constexpr = _INT8 if WHOLE else _E4M3
+    b_scale = tl.maximum(tl.max(tl.max(tl.abs(b_x), 1), 0), _SMALLEST) / LARGEST
     tl.store(scales + i_row, b_scale)
     # Saturates: the quotient may come out one rounding beyond the largest number.
-    b_x = tl.minimum(tl.maximum(b_x / b_scale, -_LARGEST), _LARGEST)
+    b_x = tl.minimum(tl.maximum(b_x / b_scale, -LARGEST), LARGEST)
     if TRANSPOSED:
         i_slots = tl.num_programs(0) * BLOCK
         p_out = out + (i_bh.to(tl.int64) * D + o_d)[:, None] * i_slots
@@ -99,7 +108,10 @@ def quantize_kernel(
         tl.store(p_out, to_e4m3(tl.trans(b_x)))
     else:
         p_out = out + (i_row * BLOCK + o_n)[:, None] * D + o_d[None, :]
-        tl.store(p_out, to_e4m3(b_x))
+        if WHOLE:
+            tl.store(p_out, _to_int8(b_x))
+        else:
+            tl.store(p_out, to_e4m3(b_x))
 
 
 def sum_blocks(k: Tensor, lengths: Tensor | None, key_block: int) -> Tensor:
@@ -115,29 +127,31 @@ def sum_blocks(k: Tensor, lengths: Tensor | None, key_block: int) -> Tensor:
     return out
 
 
-def round_queries(q: Tensor, query_block: int, key_mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries in e4m3, their scales, and the logits of the keys' mean."""
-    return _launch(q, query_block, None, key_mean, centred=False)
+def round_queries(
+    q: Tensor, query_block: int, key_mean: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries in `dtype`, their scales, and the logits of the keys' mean."""
+    return _launch(q, query_block, None, key_mean, dtype, centred=False)
 
 
 def round_keys(
     k: Tensor, v: Tensor, key_block: int, lengths: Tensor | None, key_mean: Tensor,
-    interleaved: bool,
+    interleaved: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Keys and values in e4m3, and the scales of each."""
-    k8, k_scales, _ = _launch(k, key_block, lengths, key_mean, centred=True)
-    v8, v_scales, _ = _launch(v, key_block, lengths, None, centred=False, interleaved=interleaved)
+    """Keys in `dtype` and values in e4m3, and the scales of each."""
+    k8, k_scales, _ = _launch(k, key_block, lengths, key_mean, dtype, centred=True)
+    v8, v_scales, _ = _launch(
+        v, key_block, lengths, None, torch.float8_e4m3fn, centred=False, interleaved=interleaved
+    )
     return k8, v8, k_scales, v_scales
 
 
-def _launch(x: Tensor, size: int, lengths: Tensor | None, mean: Tensor | None, *,
-            centred: bool, interleaved: bool = False):
+def _launch(x: Tensor, size: int, lengths: Tensor | None, mean: Tensor | None, dtype: torch.dtype,
+            *, centred: bool, interleaved: bool = False):
     batch, heads, tokens, head_dim = x.shape
     blocks, transposed = triton.cdiv(tokens, size), mean is None
     shape = [blocks * size, head_dim]
-    out = x.new_empty(
-        batch, heads, *(shape[::-1] if transposed else shape), dtype=torch.float8_e4m3fn
-    )
+    out = x.new_empty(batch, heads, *(shape[::-1] if transposed else shape), dtype=dtype)
     scales = x.new_empty(batch, heads, blocks, dtype=torch.float32)
     with_logits = mean is not None and not centred
     logits = x.new_empty(batch, heads, blocks * size, dtype=torch.float32) if with_logits else None

@@ -328,7 +328,8 @@ class Emulator:
         if layout == "barriers":
             return Barriers(shape[0])
         # What nobody has written is NaN, or a number that makes no sense.
-        unwritten = float("nan") if dtype.is_floating_point else -(2**30)
+        whole = not dtype.is_floating_point
+        unwritten = max(-(2**30), torch.iinfo(dtype).min) if whole else float("nan")
         return Shared(torch.full(shape, unwritten, dtype=dtype), self.scheduler)
 
     def _specialize(self, tasks, num_warps, registers):

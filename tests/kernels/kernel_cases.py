@@ -285,7 +285,7 @@ NASTY = [
 BACKENDS = [
     name
     for name in list_backends()
-    if getattr(load_backend(name), "PRECISION", "full") == "full" and name != "fa4"
+    if "full" in getattr(load_backend(name), "PRECISIONS", ("full",)) and name != "fa4"
 ]
 
 

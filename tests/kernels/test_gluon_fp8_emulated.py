@@ -32,23 +32,23 @@ def backend(request, monkeypatch):
         yield module
 
 
-def check(p):
-    check_fp8(p, "gluon_fp8", nearest_logarithm)
+def check(p, precision="fp8"):
+    check_fp8(p, "gluon_fp8", nearest_logarithm, precision=precision)
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
 @pytest.mark.parametrize("head_dim, key_block", [(64, 64), (64, 128), (128, 64), (128, 128)])
-def test_random_maps(backend, head_dim, key_block):
-    check(
-        problem(
-            dtype=torch.float16, num_queries=700, num_keys=900, head_dim=head_dim,
-            key_block=key_block,
-        )
+def test_random_maps(backend, head_dim, key_block, precision):
+    p = problem(
+        dtype=torch.float16, num_queries=700, num_keys=900, head_dim=head_dim, key_block=key_block
     )
+    check(p, precision)
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
 @pytest.mark.parametrize("change", NASTY, ids=lambda change: change.__name__)
-def test_nasty_problems(backend, change):
-    check(change(problem(dtype=torch.float16, num_queries=400)))
+def test_nasty_problems(backend, change, precision):
+    check(change(problem(dtype=torch.float16, num_queries=400)), precision)
 
 
 @pytest.mark.parametrize("num_stages", [2, 3])

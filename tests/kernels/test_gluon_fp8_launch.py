@@ -20,25 +20,29 @@ from test_triton_fp8 import check_fp8, nearest_logarithm
 
 from dfsattn_diffusers.kernels import BlockMap, api, explain
 from dfsattn_diffusers.kernels.backends import load_backend
+from dfsattn_diffusers.kernels.quantize import DTYPES
 
 backend = load_backend("gluon_fp8")
 if not hasattr(backend, "NUM_STAGES"):
     pytest.skip(backend.why_not(None), allow_module_level=True)
 
 
-# Head dim, key block, whether lengths, an order and the log-sum-exp are asked for, and keys of the
-# tail's pools or 0.
+# Head dim, key block, whether lengths, an order and the log-sum-exp are asked for, keys of the
+# tail's pools or 0, and the precision.
 BUILDS = [
-    (128, 128, False, 0),
-    (128, 128, True, 0),
-    (128, 64, True, 0),
-    (64, 128, True, 0),
-    (64, 64, False, 0),
-    (128, 128, False, 64),
-    (128, 128, True, 64),
-    (128, 64, True, 32),
-    (64, 128, True, 64),
-    (64, 64, False, 16),
+    (128, 128, False, 0, "fp8"),
+    (128, 128, True, 0, "fp8"),
+    (128, 64, True, 0, "fp8"),
+    (64, 128, True, 0, "fp8"),
+    (64, 64, False, 0, "fp8"),
+    (128, 128, False, 64, "fp8"),
+    (128, 128, True, 64, "fp8"),
+    (128, 64, True, 32, "fp8"),
+    (64, 128, True, 64, "fp8"),
+    (64, 64, False, 16, "fp8"),
+    (128, 128, False, 0, "int8"),
+    (128, 128, True, 64, "int8"),
+    (64, 128, True, 64, "int8"),
 ]
 GPU = [pytest.param("cuda", marks=ON_CUDA)]
 
@@ -59,34 +63,38 @@ def test_is_chosen(device):
 
 
 @pytest.mark.parametrize("change", NASTY)
+@pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("device", GPU)
-def test_nasty(device, change):
-    check_fp8(change(problem(device, torch.bfloat16, num_queries=300, seed=1)), "gluon_fp8",
-        nearest_logarithm)
+def test_nasty(device, precision, change):
+    p = change(problem(device, torch.bfloat16, num_queries=300, seed=1))
+    check_fp8(p, "gluon_fp8", nearest_logarithm, precision=precision)
 
 
 @pytest.mark.parametrize("change", [segments, some_full_rows])
 @pytest.mark.parametrize("sizes", backend.NUM_STAGES)
 @pytest.mark.parametrize("fewest", [False, True])
+@pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("device", GPU)
-def test_many_rows(monkeypatch, device, fewest, sizes, change):
+def test_many_rows(monkeypatch, device, precision, fewest, sizes, change):
     """More than the GPU has multiprocessors, so that a program takes several."""
     if fewest:
         monkeypatch.setitem(backend.NUM_STAGES, sizes, 2)
     p = change(several_rows(device, sizes, num_queries=4500))
     p.mask[:, 0, 3:9] = False
-    check_fp8(p, "gluon_fp8", nearest_logarithm)
+    check_fp8(p, "gluon_fp8", nearest_logarithm, precision=precision)
 
 
 @pytest.mark.parametrize("change", [segments, some_full_rows])
 @pytest.mark.parametrize("sizes", backend.NUM_STAGES)
-@pytest.mark.parametrize("pool", [4, 16, 32, 64])
+@pytest.mark.parametrize("pool, precision", [
+    (4, "fp8"), (16, "fp8"), (32, "fp8"), (64, "fp8"), (16, "int8"), (64, "int8"),
+])
 @pytest.mark.parametrize("device", GPU)
-def test_tail(monkeypatch, device, pool, sizes, change):
+def test_tail(monkeypatch, device, pool, precision, sizes, change):
     """In the kernel itself, tiles of full pools and of short ones."""
     monkeypatch.setattr(api, "add_tail", None)
     p = change(several_rows(device, sizes, num_queries=2300, num_keys=17_000))
-    check_fp8(p, "gluon_fp8", nearest_logarithm, tail_of(p, pool, True))
+    check_fp8(p, "gluon_fp8", nearest_logarithm, tail_of(p, pool, True), precision)
 
 
 @pytest.mark.parametrize("change", NASTY)
@@ -107,7 +115,7 @@ def test_fits_the_gpu():
     """Compiled here for sm90: within its shared memory, no spills in the loops, no waits."""
     builds = built_by(__file__)
     assert len(builds) == len(BUILDS)
-    for (head_dim, key_block, _, pool), build in zip(BUILDS, builds):
+    for (head_dim, key_block, _, pool, precision), build in zip(BUILDS, builds):
         assert build["shared"] <= SHARED_MEMORY[90], build
         # Addresses, stored once outside the loops of tiles; those of pools are more.
         most = {(128, 128): 96 if pool else 64, (128, 64): 48 if pool else 0}
@@ -116,21 +124,23 @@ def test_fits_the_gpu():
         # Else the request for more registers was dropped in silence.
         assert {24, 240} <= set(build["budgets"]), build
         assert not build["serialized"] and build["undefined"] == [], build
-        for product in build["products"]:
-            assert product.endswith("k32.f32.e4m3.e4m3"), build
+        kinds = {product.partition("k32.")[2] for product in build["products"]}
+        whole = {"s32.s8.s8"} if precision == "int8" else set()
+        assert kinds == {"f32.e4m3.e4m3"} | whole, build
         # Of both warpgroups: the first keys, the loop, the last values, and a masked block or
         # pools. Weights are multiplied twice: by values, and by ones for their sum.
         keys, weights = 2 * 3 * head_dim // 32, 2 * 2 * 3 * key_block // 32
         assert (build["count"], build["from_registers"]) == (keys + weights, weights), build
 
 
-def compile_for_hopper(head_dim, key_block, everything, pool):
+def compile_for_hopper(head_dim, key_block, everything, pool, precision):
     """Compile the kernel without a GPU and ask ptxas what it takes."""
     kernel = backend.block_sparse_kernel
     x = torch.zeros(1, 1, 256, head_dim, dtype=torch.float8_e4m3fn)
+    q = x.to(DTYPES[precision])
     ints, floats = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
     values = dict(
-        q=backend._describe(x, 64, head_dim), k=backend._describe(x, key_block, head_dim),
+        q=backend._describe(q, 64, head_dim), k=backend._describe(q, key_block, head_dim),
         v=backend._describe(x.transpose(2, 3).contiguous(), head_dim, key_block),
         out=x.bfloat16(), rows=ints, next_row=ints, counts=ints, indices=ints,
         scale=0.1, mean_logits=floats, q_scales=floats, scales=floats,

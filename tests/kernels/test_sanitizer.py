@@ -94,8 +94,8 @@ def main(backends):
             sizes = dict(num_queries=500, head_dim=head_dim, heads=1, density=0.4)
             p = change(problem("cuda", torch.bfloat16, **sizes))
             for backend in backends:
-                precision = getattr(load_backend(backend), "PRECISION", "full")
-                outs = [p.run(backend, precision=precision)]
+                precisions = getattr(load_backend(backend), "PRECISIONS", ("full",))
+                outs = [p.run(backend, precision=precision) for precision in precisions]
                 if backend == "gluon_hopper":
                     outs.append(p.run(backend, tail=tail_of(p, 16, False)))
                 assert all(out.isfinite().all() for out in outs)

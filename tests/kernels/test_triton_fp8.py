@@ -20,7 +20,7 @@ from test_tail import part_of, tail_of
 
 from dfsattn_diffusers.kernels import BlockMap, Tail, explain, quantize
 from dfsattn_diffusers.kernels.backends import load_backend
-from dfsattn_diffusers.kernels.quantize import quantize_pools
+from dfsattn_diffusers.kernels.quantize import DTYPES, quantize_pools
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -66,15 +66,16 @@ def dequantized_tail(p, x, tail):
     return Tail(keys, values.transpose(2, 3), tail.bias)
 
 
-def eager_fp8(p, rounded, tail=None):
+def eager_fp8(p, x, rounded, tail=None):
     """Dense attention in float32 with weights in e4m3, from 256 down.
 
     `rounded`: what of the logarithms to base 2 of weights makes them, and what is added up.
     """
-    x = quantized(p)
     pools = tail and dequantized_tail(p, x, tail)
+    # Hopper's 8-bit products of floats cut what they add off after 14 bits.
+    cut = rounded is nearest_logarithm and x.q.is_floating_point()
     out, lse = dequantized(p, x).by_parts(
-        lambda part, at: eager_part(part, rounded, pools and part_of(pools, at))
+        lambda part, at: eager_part(part, rounded, cut, pools and part_of(pools, at))
     )
     return out, lse + mean_logits(p, x).float()
 
@@ -92,13 +93,12 @@ def nearest_logarithm(x):
     return weights, weights
 
 
-def eager_part(p, rounded, tail):
+def eager_part(p, rounded, cut, tail):
     real = p.real_keys()
     rows = p.mask.repeat_interleave(p.query_block, 2)[:, :, : p.q.shape[2]]
     mask = rows.repeat_interleave(p.key_block, 3)[..., : p.k.shape[2]] & real[:, None, None]
     scale = p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
-    if rounded is nearest_logarithm:
-        # Hopper's 8-bit products cut what they add off after 14 bits.
+    if cut:
         scale *= 1 - 2.0**-12
     logits = p.q.float() @ p.k.float().transpose(-1, -2) * scale
     logits, values = logits.masked_fill(~mask, -torch.inf), p.v
@@ -115,10 +115,11 @@ def eager_part(p, rounded, tail):
     return out, (peak + total.log()).squeeze(-1)
 
 
-def check_fp8(p, backend="triton_fp8", rounded=nearest, tail=None):
+def check_fp8(p, backend="triton_fp8", rounded=nearest, tail=None, precision="fp8"):
     """Beside what it was given, the kernel errs as eager code; and so it does beside the truth."""
-    out, lse = p.run(backend, tail=tail, return_lse=True, precision="fp8")
-    eager, x = eager_fp8(p, rounded, tail), quantized(p)
+    out, lse = p.run(backend, tail=tail, return_lse=True, precision=precision)
+    x = quantized(p, dtype=DTYPES[precision])
+    eager = eager_fp8(p, x, rounded, tail)
     given, pools = dequantized(p, x), tail and dequantized_tail(p, x, tail)
     exact_out, exact_lse = truth(given, pools)
     assert_close(out, exact_out, eager[0])
@@ -156,26 +157,29 @@ def cast_kernel(x, out):
 @pytest.mark.parametrize("change", [segments, strided])
 @pytest.mark.parametrize("head_dim, key_block", [(64, 128), (128, 64)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", DTYPES.values(), ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_kernels_round_as_specified(monkeypatch, device, dtype, head_dim, key_block, change):
+def test_kernels_round_as_specified(monkeypatch, device, kind, dtype, head_dim, key_block, change):
     p = problem(device, dtype, num_queries=300, head_dim=head_dim, key_block=key_block)
     p = change(replace(p, k=p.k + 5, v=p.v * 30))
     p.v[0, 0, :key_block] = 0
     module = __import__("sys").modules[quantize.__module__]
     monkeypatch.setattr(module, "fast", lambda name, x: None)
-    wanted = quantized(p)
+    wanted = quantized(p, dtype=kind)
     monkeypatch.setattr(module, "fast", lambda name, x: quantize_kernels)
     got = quantized(p)
     torch.testing.assert_close(got.key_mean, wanted.key_mean, rtol=1e-5, atol=1e-6)
-    got = quantized(p, key_mean=wanted.key_mean)
+    got = quantized(p, key_mean=wanted.key_mean, dtype=kind)
     for name in ("q", "k", "v"):
+        assert getattr(got, name).dtype == (torch.float8_e4m3fn if name == "v" else kind)
         scales, specified = (getattr(x, f"{name}_scales") for x in (got, wanted))
         torch.testing.assert_close(scales, specified, rtol=1e-6, atol=0)
         ours, theirs = (getattr(x, name).float() for x in (got, wanted))
         # A GPU divides with one rounding more: ties may fall to the other side.
         unlike = (ours != theirs).float().mean()
         assert unlike <= (0 if device == "cpu" else 1e-3)
-        torch.testing.assert_close(ours, theirs, rtol=1 / 8, atol=2**-9)
+        step = 1 if kind == torch.int8 and name != "v" else 2**-9
+        torch.testing.assert_close(ours, theirs, rtol=1 / 8, atol=step)
     torch.testing.assert_close(got.mean_logits, wanted.mean_logits, rtol=1e-5, atol=1e-4)
 
 
@@ -227,6 +231,20 @@ def test_odd_head_dims_are_left_to_torch(device):
     assert error(dequantized(p, x).v, p.v.double()) < 1 / 16
 
 
+def test_whole_numbers_are_of_one_step():
+    """Half of it at most, and padding is zero."""
+    p = segments(problem(num_queries=300))
+    x = quantized(p, dtype=torch.int8)
+    assert x.q.dtype == x.k.dtype == torch.int8 and x.v.dtype == torch.float8_e4m3fn
+    given, real = dequantized(p, x), p.real_keys()[:, None, :, None]
+    wanted = (p.k.double() - x.key_mean[:, :, None]).masked_fill(~real, 0)
+    for got, exact, scales in ((given.q, p.q.double(), x.q_scales), (given.k, wanted, x.k_scales)):
+        steps = scales.double().repeat_interleave(128, -1)[..., : exact.shape[2], None]
+        assert ((got - exact).abs() <= 0.5001 * steps).all()
+        assert ((got / steps).abs().amax((2, 3)) > 126.9).all()
+    assert not given.k.masked_fill(real, 0).any()
+
+
 def test_rounding_is_relative_and_padding_is_zero():
     p = segments(problem(num_queries=300))
     x = quantized(p)
@@ -249,20 +267,22 @@ def test_ragged_sizes(device, head_dim, tokens):
 
 
 @pytest.mark.parametrize("change", NASTY)
+@pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_nasty(device, change):
-    check_fp8(change(problem(device, half(device), num_queries=300, seed=1)))
+def test_nasty(device, precision, change):
+    p = change(problem(device, half(device), num_queries=300, seed=1))
+    check_fp8(p, precision=precision)
 
 
 @pytest.mark.parametrize("query_block, key_block", [(128, 64), (64, 128), (64, 64)])
+@pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_other_blocks_and_lengths(device, query_block, key_block):
-    check_fp8(
-        problem(
-            device, half(device), num_queries=150, num_keys=300, query_block=query_block,
-            key_block=key_block, density=0.4, seed=2,
-        )
+def test_other_blocks_and_lengths(device, precision, query_block, key_block):
+    p = problem(
+        device, half(device), num_queries=150, num_keys=300, query_block=query_block,
+        key_block=key_block, density=0.4, seed=2,
     )
+    check_fp8(p, precision=precision)
 
 
 @pytest.mark.parametrize("tma", [False, True])
@@ -318,16 +338,16 @@ def test_error_beside_bf16(device, record_property):
     """The report: `pytest -rP -k error_beside`, relative to float64."""
     p = realistic(device, half(device))
     exact = p.dense(torch.float64)[0]
-    fp8 = error(p.run("triton_fp8", precision="fp8"), exact)
+    fp8, int8 = (error(p.run("triton_fp8", precision=name), exact) for name in DTYPES)
     bf16 = error(p.dense(torch.bfloat16)[0], exact)
     zero = quantized(p, key_mean=torch.zeros(2, 2, 128, device=device))
     rough = error(dequantized(p, zero).dense(torch.float64)[0], exact)
     smooth = error(dequantized(p, quantized(p)).dense(torch.float64)[0], exact)
-    print(f"{device}: fp8 {fp8:.2%}, bf16 eager {bf16:.2%}; rounded inputs alone {smooth:.2%}, "
-          f"without smoothed keys {rough:.2%}")
-    record_property("error", dict(fp8=fp8, bf16=bf16, smooth=smooth, rough=rough))
+    print(f"{device}: fp8 {fp8:.2%}, int8 {int8:.2%}, bf16 eager {bf16:.2%}; rounded inputs alone "
+          f"{smooth:.2%}, without smoothed keys {rough:.2%}")
+    record_property("error", dict(fp8=fp8, int8=int8, bf16=bf16, smooth=smooth, rough=rough))
     # e4m3 has 4 bits of bf16's 8: 16 times its rounding.
-    assert bf16 < fp8 < 16 * bf16
+    assert bf16 < int8 < fp8 < 16 * bf16
     assert smooth < rough
 
 
@@ -335,8 +355,8 @@ def test_error_beside_bf16(device, record_property):
     "arguments, message",
     [
         (dict(backend="triton", precision="fp8"), "its precision is 'full', not 'fp8'"),
-        (dict(backend="triton_fp8"), "its precision is 'fp8', not 'full'"),
-        (dict(backend="auto", precision="int8"), "precision must be 'full' here, got 'int8'; "),
+        (dict(backend="triton_fp8"), "its precision is 'fp8' or 'int8', not 'full'"),
+        (dict(backend="auto", precision="int4"), "precision must be 'full' here, got 'int4'; "),
     ],
 )
 def test_precision_is_never_changed_in_silence(arguments, message):

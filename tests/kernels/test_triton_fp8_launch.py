@@ -11,6 +11,7 @@ from compiling import SHARED_MEMORY, built_by, compile_for
 
 from dfsattn_diffusers.kernels.backends import load_backend
 
+KINDS = ("fp8e4nv", "i8")  # of queries and keys
 backend = load_backend("triton_fp8")
 if not hasattr(backend, "SETTINGS"):
     pytest.skip(backend.why_not(None), allow_module_level=True)
@@ -19,7 +20,7 @@ if not hasattr(backend, "SETTINGS"):
 @pytest.mark.parametrize("arch", sorted({arch for arch, _ in backend.SETTINGS}))
 def test_fits_the_gpu(arch):
     builds = built_by(__file__, arch)
-    assert len(builds) == 9
+    assert len(builds) == 16
     for build in builds:
         assert build["shared"] <= SHARED_MEMORY[arch], build
         assert build["spilled"] == 0, build
@@ -28,7 +29,9 @@ def test_fits_the_gpu(arch):
             kind = "wgmma.mma_async" if arch == 90 else "mma.sync"
             assert build["products"], build
             for product in build["products"]:
-                assert product.startswith(kind) and ".f32.e4m3.e4m3" in product, build
+                assert product.startswith(kind), build
+                assert ".f32.e4m3.e4m3" in product or "s8.s8" in product and build["whole"], build
+            assert any("s8.s8" in product for product in build["products"]) == build["whole"], build
             # Weights come from registers in both loops, in steps of 32; queries from memory.
             steps = 2 * build["key_tile"] // 32
             assert arch != 90 or build["from_registers"] == steps < build["count"], build
@@ -40,6 +43,7 @@ def compile_products(arch, kernel, constants, types, num_warps, num_stages):
     found = re.findall(r"(wgmma\.mma_async\S+|mma\.sync\S+)\s+\{[^}]*\},\s*(\S)", ptx)
     report |= dict(
         key_tile=constants.get("KEY_TILE"),
+        whole="i8" in types["q" if "q" in types else "out"],
         products=sorted({name for name, _ in found}),
         count=len(found),
         from_registers=sum(operand == "{" for _, operand in found),
@@ -54,7 +58,7 @@ def builds(arch):
     scales = ("q_scales", "k_scales", "v_scales", "mean_logits", "lse")
     pointers |= dict.fromkeys(scales, "*fp32") | dict(out="*bf16", scale="fp32")
     blocks = [(128, 128), (128, 64), (64, 64)]
-    for head_dim, (query_block, key_block) in itertools.product((64, 128), blocks):
+    for kind, head_dim, (query_block, key_block) in itertools.product(KINDS, (64, 128), blocks):
         s = backend.SETTINGS[arch, head_dim]
         tile = min(s.key_tile, key_block)
         constants = dict(
@@ -62,8 +66,9 @@ def builds(arch):
             HAS_LENGTHS=True, ORDERED=True, WITH_LSE=True, TMA=s.tma,
         )
         shapes = dict(q=(query_block, head_dim), k=(tile, head_dim), v=(head_dim, tile))
+        kinds = dict(q=kind, k=kind, v="fp8e4nv")
         types = pointers | {
-            name: f"tensordesc<fp8e4nv[1, {rows}, {columns}]>" if s.tma else "*fp8e4nv"
+            name: f"tensordesc<{kinds[name]}[1, {rows}, {columns}]>" if s.tma else f"*{kinds[name]}"
             for name, (rows, columns) in shapes.items()
         }
         warps = max(4, s.num_warps * query_block // 128)
@@ -74,14 +79,14 @@ def builds(arch):
     yield compile_products(
         arch, kernels.sum_kernel, dict(D=128, BLOCK=128), types | dict(out="*fp32"), 8, 3
     )
-    for keys in (True, False):
+    for keys, kind in ((True, "fp8e4nv"), (False, "fp8e4nv"), (True, "i8")):
         constants = dict(
             D=128, BLOCK=128, CENTRED=keys, WITH_LOGITS=not keys,
             TRANSPOSED=not keys, INTERLEAVED=not keys,
         )
         constants |= dict(mean_logits=None) if keys else {}
         yield compile_products(
-            arch, kernels.quantize_kernel, constants, types | dict(out="*fp8e4nv"), 8, 3
+            arch, kernels.quantize_kernel, constants, types | dict(out=f"*{kind}"), 8, 3
         )
 
 

@@ -2,7 +2,7 @@
 
 A backend module has
     NAME: its own module name, also what users call it;
-    PRECISION: of its products, "full" where the module says nothing;
+    PRECISIONS: of its products, ("full",) where the module says nothing;
     rank(call) -> int | None: of those that can do the call, "auto" takes the highest, as measured;
         None where it is to be had by name only;
     why_not(call) -> str | None: the reason why it cannot do this call;
@@ -45,6 +45,7 @@ class AttentionCall:
         out: `[B, H, M, D]`, to be written.
         lse: `[B, H, Nq]` float32 or None, to be written.
         tail: Pools for the blocks that rows do not keep, or None.
+        precision: Of the products: "full", "fp8" or "int8".
     """
 
     q: Tensor
@@ -58,6 +59,7 @@ class AttentionCall:
     out: Tensor
     lse: Tensor | None
     tail: Tail | None = None
+    precision: str = "full"
 
     def order_and_stride(self) -> tuple[Tensor, int] | tuple[None, None]:
         """The order, contiguous, and elements between two heads' orders, 0 where all share one."""

@@ -1,6 +1,6 @@
-"""Warp-specialised Gluon kernel in e4m3 for sm90: `gluon_hopper` with 8-bit operands.
+"""Warp-specialised Gluon kernel in 8 bits for sm90: `gluon_hopper` with 8-bit operands.
 
-Chosen by `precision="fp8"`. `quantize` says what is rounded and how; it orders the values' keys so
+Chosen by `precision="fp8"` or "int8". `quantize` says what is rounded and how; it orders values so
 that weights go from one product's registers to the other's without being moved.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..quantize import quantize, quantize_pools
+from ..quantize import DTYPES, quantize, quantize_pools
 from . import AttentionCall
 from . import _hopper_rings as rings
 from . import _hopper_tail as tails
@@ -40,7 +40,8 @@ from ._hopper_rows import (
 from .gluon_hopper import QUERY_BLOCK, pool_size, refused
 
 NAME = "gluon_fp8"
-PRECISION = "fp8"
+PRECISIONS = ("fp8", "int8")
+_KINDS = {torch.float8_e4m3fn: gl.float8e4nv, torch.int8: gl.int8}
 
 
 # Slots of the rings of key and of value blocks, by head dim and key block.
@@ -109,7 +110,7 @@ def _attend_whole(b_q, k_ring, v_ring, b_ones, b_out, b_max, b_sum, i_tile, i_wh
     i_block = block_at(p_blocks, 2, i_listed)
     b_s = multiply_keys(b_q, rings.receive(k_ring, i_tile), LOGITS)
     # [ROWS, KEYS]
-    b_s = warpgroup_mma_wait(0, deps=[b_s])
+    b_s = warpgroup_mma_wait(0, deps=[b_s]).to(gl.float32)
     rings.release(k_ring, i_tile)
     b_scale = b_q_scale * b_k_scale
     b_new = _raise(b_max, b_s, b_scale)
@@ -131,7 +132,7 @@ def _attend_whole(b_q, k_ring, v_ring, b_ones, b_out, b_max, b_sum, i_tile, i_wh
         b_sum = add_sum(b_sum, b_part)
         b_product = _multiply_values(b_operand, b_v, OUT)
         # [ROWS, KEYS]
-        b_s = warpgroup_mma_wait(1, deps=[b_s])
+        b_s = warpgroup_mma_wait(1, deps=[b_s]).to(gl.float32)
         b_new = _raise(b_max, b_s, b_scale)
         # ptxas does not move the wait for the product across this branch and its loop.
         rings.receive_if(i + 1 < i_whole, k_ring, i_tile + i + 1)
@@ -171,7 +172,7 @@ def _attend_one(b_q, k_ring, v_ring, b_ones, b_out, b_max, b_sum, i_tile, b_scal
     if b_bias is not None:
         b_hidden += gl.convert_layout(b_bias, COLUMNS)
     # [ROWS, KEYS]
-    b_s = warpgroup_mma_wait(0, deps=[b_s])
+    b_s = warpgroup_mma_wait(0, deps=[b_s]).to(gl.float32)
     rings.release(k_ring, i_tile)
     b_s = b_s * b_scale + b_hidden[None, :]
     b_new = _raise(b_max, b_s, 1.0)
@@ -280,9 +281,9 @@ def block_sparse_kernel(
 ):
     """Query blocks of all heads, which programs take from `rows` one by one."""
     q_ring = make_row_ring(q.dtype, ROWS, D)
-    k_ring = rings.make_ring(q.dtype, STAGES, KEYS, D, 2)
-    v_ring = rings.make_ring(q.dtype, STAGES, D, KEYS, 2)
-    b_ones = make_ones(q.dtype, KEYS)
+    k_ring = rings.make_ring(k.dtype, STAGES, KEYS, D, 2)
+    v_ring = rings.make_ring(v.dtype, STAGES, D, KEYS, 2)
+    b_ones = make_ones(v.dtype, KEYS)
     rings.fence_async_shared()
     gl.warp_specialize(
         [
@@ -331,7 +332,7 @@ def forward(call: AttentionCall) -> None:
     order, order_stride = call.order_and_stride()
     x = quantize(
         call.q, call.k, call.v, query_block=block_map.query_block, key_block=block_map.key_block,
-        key_lengths=key_lengths, interleaved=True,
+        key_lengths=key_lengths, interleaved=True, dtype=DTYPES[call.precision],
     )
     k_scales, v_scales, pool_keys, pool_values = x.k_scales, x.v_scales, None, None
     if tail is not None:
@@ -375,5 +376,5 @@ def forward(call: AttentionCall) -> None:
 
 def _describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     tile = [1, 1, rows, columns]
-    layout = gl.NVMMASharedLayout.get_default_for(tile, gl.float8e4nv)
+    layout = gl.NVMMASharedLayout.get_default_for(tile, _KINDS[x.dtype])
     return TensorDescriptor(x, list(x.shape), list(x.stride()), tile, layout)

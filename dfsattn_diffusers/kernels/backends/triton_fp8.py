@@ -1,6 +1,6 @@
-"""Triton kernel in e4m3 for sm89 and sm90: both products take 8-bit operands, all else is float32.
+"""Triton kernel in 8 bits for sm89 and sm90: of both products' operands, all else is float32.
 
-Chosen by `precision="fp8"`. `quantize` says what is rounded and how.
+Chosen by `precision="fp8"` or "int8". `quantize` says what is rounded and how.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..quantize import Quantized, quantize
+from ..quantize import DTYPES, Quantized, quantize
 from ..quantize_kernels import to_e4m3
 from . import AttentionCall, refused_size
 from .triton import _block_at, _count_whole
 
 NAME = "triton_fp8"
-PRECISION = "fp8"
+PRECISIONS = ("fp8", "int8")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _load_tile(source, i_head, i_row, i_column, COLUMNS,
 def _attend(b_q, b_k, b_v, m_k, b_out, b_max, b_sum, b_scale, b_value_scale, MASKED: tl.constexpr):
     """One step of the online softmax, in base 2, over weights times their value block's scale."""
     # [QUERIES, KEYS]
-    b_s = tl.dot(b_q, tl.trans(b_k))
+    b_s = tl.dot(b_q, tl.trans(b_k)).to(tl.float32)
     if MASKED:
         b_s = tl.where(m_k[None, :], b_s, float("-inf"))
     b_log = tl.log2(b_value_scale)
@@ -215,6 +215,7 @@ def forward(call: AttentionCall) -> None:
     quantized = quantize(
         call.q, call.k, call.v, query_block=call.block_map.query_block,
         key_block=call.block_map.key_block, key_lengths=call.key_lengths,
+        dtype=DTYPES[call.precision],
     )
     launch(call, quantized, settings_for(call))
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from benchmark_tools import CHANGES, FP8
+from benchmark_tools import CHANGES
 from rivals import RIVALS
 
 from dfsattn_diffusers import list_presets
@@ -138,7 +138,10 @@ VARIANTS = {
     # The presets as they are.
     **{f"preset {name}": _preset(name) for name in _PRESETS},
     # Attention in 8 bits: all of a dense run, all of a preset's, or all but corrections.
-    "dense, fp8": _ours(dense_fraction=1.0, **FP8),
+    **{
+        f"dense, {change}": _ours(dense_fraction=1.0, **CHANGES[change])
+        for change in ("fp8", "int8")
+    },
     **{
         f"preset {name}, {change}": _preset(name, **changes)
         for change, changes in CHANGES.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 # The largest numbers of the formats. Whole numbers are three to four times as exact for queries and
 # keys, whose numbers are of one size; e4m3 is for values, and for weights, whose sizes differ.
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
-# Of queries and keys, by precision.
-DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+# How `quantize` rounds, by precision of an attention call.
+ROUNDING: dict[str, dict[str, Any]] = {
+    "fp8": dict(dtype=torch.float8_e4m3fn),
+    "int8": dict(dtype=torch.int8, carried=True),
+}
 # Keys are centred by the mean of every so many of a block: all of them would be read once more.
 SAMPLE = 8
 # Blocks of smaller numbers lose digits, so that no scale underflows and no sum overflows.
@@ -43,6 +46,7 @@ class Quantized:
         key_mean: `[B, H, D]` float32.
         mean_logits: `[B, H, nQ * query_block]` float32, `q . key_mean` of exact queries: what the
             unscaled log-sum-exp of centred keys lacks.
+        carried: Whether what rounding took off a value was added to the next.
     """
 
     q: Tensor
@@ -53,6 +57,7 @@ class Quantized:
     v_scales: Tensor
     key_mean: Tensor
     mean_logits: Tensor
+    carried: bool = False
 
 
 def quantize(
@@ -66,6 +71,7 @@ def quantize(
     key_mean: Tensor | None = None,
     interleaved: bool = False,
     dtype: torch.dtype = torch.float8_e4m3fn,
+    carried: bool = False,
 ) -> Quantized:
     """Round to 8 bits, each block scaled so that its largest number is the format's.
 
@@ -83,6 +89,8 @@ def quantize(
             7, 14, 15: then the weights that a thread has from Hopper's first product are those it
             needs for an 8-bit second. `key_block` must be a multiple of 16.
         dtype: Of queries and keys, `torch.float8_e4m3fn` or `torch.int8`.
+        carried: What rounding takes off a value is added to the next key's in the block: neighbours
+            weigh about the same, so that errors cancel in the output. Each is larger by itself.
 
     Source: SageAttention 2, Zhang et al., arXiv 2411.10958 (smoothed keys, per-block scales, whole
         numbers for queries and keys beside 8-bit floats for values);
@@ -97,8 +105,10 @@ def quantize(
     round_queries = kernels.round_queries if kernels else _round_queries
     round_keys = kernels.round_keys if kernels else _round_keys
     q8, q_scales, mean_logits = round_queries(q, query_block, key_mean, dtype)
-    k8, v8, k_scales, v_scales = round_keys(k, v, key_block, lengths, key_mean, interleaved, dtype)
-    return Quantized(q8, k8, v8, q_scales, k_scales, v_scales, key_mean, mean_logits)
+    k8, v8, k_scales, v_scales = round_keys(
+        k, v, key_block, lengths, key_mean, interleaved, dtype, carried
+    )
+    return Quantized(q8, k8, v8, q_scales, k_scales, v_scales, key_mean, mean_logits, carried)
 
 
 def quantize_pools(
@@ -120,13 +130,15 @@ def quantize_pools(
     keys = torch.where((tail.bias == float("-inf"))[..., None], mean, tail.keys)
     kernels = _kernels_for(keys, keys, tail.values, key_block)
     round_keys = kernels.round_keys if kernels else _round_keys
-    return round_keys(keys, tail.values, key_block, None, x.key_mean, interleaved, x.k.dtype)
+    return round_keys(
+        keys, tail.values, key_block, None, x.key_mean, interleaved, x.k.dtype, x.carried
+    )
 
 
 def _kernels_for(q: Tensor, k: Tensor, v: Tensor, *blocks: int) -> ModuleType | None:
-    """The Triton kernels where they serve: GPUs that know e4m3, sizes that are powers of two."""
+    """The Triton kernels where they serve: GPUs that know e4m3, powers of two from 16 on."""
     contiguous = all(x.stride(-1) == 1 for x in (q, k, v))
-    powers = all(size & (size - 1) == 0 for size in (q.shape[-1], *blocks))
+    powers = all(size >= 16 and size & (size - 1) == 0 for size in (q.shape[-1], *blocks))
     if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9):
         return None
     return fast("quantize_kernels", q) if contiguous and powers else None
@@ -151,10 +163,16 @@ def _round_queries(q, query_block, key_mean, dtype) -> tuple[Tensor, Tensor, Ten
     return *_round_blocks(queries, dtype), mean_logits
 
 
-def _round_keys(k, v, key_block, lengths, key_mean, interleaved, dtype) -> tuple[Tensor, ...]:
+def _round_keys(
+    k, v, key_block, lengths, key_mean, interleaved, dtype, carried
+) -> tuple[Tensor, ...]:
     k = k.float() - key_mean[:, :, None]
     k8, k_scales = _round_blocks(_to_blocks(k, key_block, lengths), dtype)
-    v8, v_scales = _round_blocks(_to_blocks(v, key_block, lengths), torch.float8_e4m3fn)
+    v8, v_scales = _round_blocks(_to_blocks(v, key_block, lengths), torch.float8_e4m3fn, carried)
+    if carried:
+        # Or padding would get what the last value left.
+        real = _to_blocks(torch.ones_like(v[..., :1]), key_block, lengths).flatten(2, 3) > 0
+        v8 = torch.where(real, v8.float(), 0.0).to(v8.dtype)
     if interleaved:
         # Keys 8 i + 2 j + k of 16 become 4 j + 2 i + k.
         v8 = v8.unflatten(2, (-1, 2, 4, 2)).transpose(3, 4).flatten(2, 5)
@@ -170,12 +188,19 @@ def _to_blocks(x: Tensor, size: int, lengths: Tensor | None = None) -> Tensor:
     return blocks.masked_fill(~real[:, None, :, :, None], 0)
 
 
-def _round_blocks(blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _round_blocks(
+    blocks: Tensor, dtype: torch.dtype, carried: bool = False
+) -> tuple[Tensor, Tensor]:
     """Blocks `[B, H, blocks, size, D]` side by side in `dtype`, and their scales."""
     largest = LARGEST[dtype]
     scales = blocks.abs().amax((3, 4)).clamp(min=SMALLEST) / largest
     # Saturates: the quotient may come out one rounding beyond the largest number.
     rounded = (blocks / scales[..., None, None]).clamp(-largest, largest)
+    if carried:
+        rest = 0.0
+        for token in rounded.unbind(3):
+            wanted = (token + rest).clamp(-largest, largest)
+            rest = wanted - token.copy_(wanted.to(dtype))
     if dtype == torch.int8:
         rounded = rounded.round()
     return rounded.to(dtype).flatten(2, 3), scales

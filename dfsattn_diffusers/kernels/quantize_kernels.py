@@ -114,6 +114,62 @@ def quantize_kernel(
             tl.store(p_out, to_e4m3(b_x))
 
 
+@triton.jit
+def _put_code(b_0, b_1, b_2, b_3, b_code, T: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Into four registers of four codes each the one of key T of 16."""
+    # Keys 8 i + 2 j + k become 4 j + 2 i + k.
+    WORD: tl.constexpr = T % 8 // 2 if INTERLEAVED else T // 4
+    BYTE: tl.constexpr = T // 8 * 2 + T % 2 if INTERLEAVED else T % 4
+    b_code = b_code << (8 * BYTE)
+    if WORD == 0:
+        b_0 |= b_code
+    elif WORD == 1:
+        b_1 |= b_code
+    elif WORD == 2:
+        b_2 |= b_code
+    else:
+        b_3 |= b_code
+    return b_0, b_1, b_2, b_3
+
+
+@triton.jit(do_not_specialize=["H", "N"])
+def carry_kernel(
+    x, lengths, out, scales, stride_b, stride_h, stride_n, H, N,
+    D: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr,
+):
+    """One block of one head's values in turn, four codes to an int32, transposed."""
+    i_block, i_bh = tl.program_id(0), tl.program_id(1)
+    i_b, i_h = i_bh // H, i_bh % H
+    i_length = _length(lengths, i_b, i_block, N, BLOCK)
+    o_n, o_d = tl.arange(0, BLOCK), tl.arange(0, D)
+    b_x = _load_block(x, o_n, i_b, i_h, i_block, i_length, stride_b, stride_h, stride_n, D, BLOCK)
+    b_scale = tl.maximum(tl.max(tl.max(tl.abs(b_x), 1), 0), _SMALLEST) / _E4M3
+    i_row = i_bh.to(tl.int64) * tl.num_programs(0) + i_block
+    tl.store(scales + i_row, b_scale)
+    i_words = tl.num_programs(0) * (BLOCK // 4)
+    p_out = out + (i_bh.to(tl.int64) * D + o_d)[:, None] * i_words + i_block * (BLOCK // 4)
+    # [D]
+    b_rest, b_none = tl.zeros([D], tl.float32), tl.zeros([D], tl.int32)
+    for i in range(0, BLOCK, 16):
+        b_0, b_1, b_2, b_3 = b_none, b_none, b_none, b_none
+        for T in tl.static_range(16):
+            o_one = i + T + tl.arange(0, 1)
+            b_token = _load_block(
+                x, o_one, i_b, i_h, i_block, i_length, stride_b, stride_h, stride_n, D, BLOCK
+            )
+            # Saturates twice, as specified: the quotient, and what is carried on top.
+            b_wanted = tl.minimum(tl.maximum(tl.reshape(b_token, (D,)) / b_scale, -_E4M3), _E4M3)
+            b_wanted = tl.minimum(tl.maximum(b_wanted + b_rest, -_E4M3), _E4M3)
+            b_code = to_e4m3(b_wanted)
+            b_rest = b_wanted - b_code.to(tl.float32)
+            b_code = b_code.to(tl.uint8, bitcast=True).to(tl.int32)
+            b_code = tl.where(i + T < i_length, b_code, 0)
+            b_0, b_1, b_2, b_3 = _put_code(b_0, b_1, b_2, b_3, b_code, T, INTERLEAVED)
+        # [D, 4]
+        b_words = tl.reshape(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), (D, 4))
+        tl.store(p_out + i // 4 + tl.arange(0, 4)[None, :], b_words)
+
+
 def sum_blocks(k: Tensor, lengths: Tensor | None, key_block: int) -> Tensor:
     """Sums of every eighth real token of each block, `[B, H, nK, D]` float32."""
     batch, heads, tokens, head_dim = k.shape
@@ -136,14 +192,32 @@ def round_queries(
 
 def round_keys(
     k: Tensor, v: Tensor, key_block: int, lengths: Tensor | None, key_mean: Tensor,
-    interleaved: bool, dtype: torch.dtype,
+    interleaved: bool, dtype: torch.dtype, carried: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keys in `dtype` and values in e4m3, and the scales of each."""
     k8, k_scales, _ = _launch(k, key_block, lengths, key_mean, dtype, centred=True)
+    if carried:
+        v8, v_scales = _round_in_turn(v, key_block, lengths, interleaved)
+        return k8, v8, k_scales, v_scales
     v8, v_scales, _ = _launch(
         v, key_block, lengths, None, torch.float8_e4m3fn, centred=False, interleaved=interleaved
     )
     return k8, v8, k_scales, v_scales
+
+
+def _round_in_turn(
+    v: Tensor, size: int, lengths: Tensor | None, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, head_dim = v.shape
+    blocks = triton.cdiv(tokens, size)
+    words = v.new_empty(batch, heads, head_dim, blocks * size // 4, dtype=torch.int32)
+    scales = v.new_empty(batch, heads, blocks, dtype=torch.float32)
+    with torch.cuda.device_of(v):
+        carry_kernel[blocks, batch * heads](
+            v, lengths, words, scales, *v.stride()[:3], heads, tokens, D=head_dim, BLOCK=size,
+            INTERLEAVED=interleaved, num_warps=4,
+        )
+    return words.view(torch.float8_e4m3fn), scales
 
 
 def _launch(x: Tensor, size: int, lengths: Tensor | None, mean: Tensor | None, dtype: torch.dtype,

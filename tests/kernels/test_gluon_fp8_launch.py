@@ -20,7 +20,7 @@ from test_triton_fp8 import check_fp8, nearest_logarithm
 
 from dfsattn_diffusers.kernels import BlockMap, api, explain
 from dfsattn_diffusers.kernels.backends import load_backend
-from dfsattn_diffusers.kernels.quantize import DTYPES
+from dfsattn_diffusers.kernels.quantize import ROUNDING
 
 backend = load_backend("gluon_fp8")
 if not hasattr(backend, "NUM_STAGES"):
@@ -63,7 +63,7 @@ def test_is_chosen(device):
 
 
 @pytest.mark.parametrize("change", NASTY)
-@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("precision", ROUNDING)
 @pytest.mark.parametrize("device", GPU)
 def test_nasty(device, precision, change):
     p = change(problem(device, torch.bfloat16, num_queries=300, seed=1))
@@ -73,7 +73,7 @@ def test_nasty(device, precision, change):
 @pytest.mark.parametrize("change", [segments, some_full_rows])
 @pytest.mark.parametrize("sizes", backend.NUM_STAGES)
 @pytest.mark.parametrize("fewest", [False, True])
-@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("precision", ROUNDING)
 @pytest.mark.parametrize("device", GPU)
 def test_many_rows(monkeypatch, device, precision, fewest, sizes, change):
     """More than the GPU has multiprocessors, so that a program takes several."""
@@ -137,7 +137,7 @@ def compile_for_hopper(head_dim, key_block, everything, pool, precision):
     """Compile the kernel without a GPU and ask ptxas what it takes."""
     kernel = backend.block_sparse_kernel
     x = torch.zeros(1, 1, 256, head_dim, dtype=torch.float8_e4m3fn)
-    q = x.to(DTYPES[precision])
+    q = x.to(ROUNDING[precision]["dtype"])
     ints, floats = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
     values = dict(
         q=backend._describe(q, 64, head_dim), k=backend._describe(q, key_block, head_dim),

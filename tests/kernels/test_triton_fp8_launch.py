@@ -20,7 +20,7 @@ if not hasattr(backend, "SETTINGS"):
 @pytest.mark.parametrize("arch", sorted({arch for arch, _ in backend.SETTINGS}))
 def test_fits_the_gpu(arch):
     builds = built_by(__file__, arch)
-    assert len(builds) == 16
+    assert len(builds) == 17
     for build in builds:
         assert build["shared"] <= SHARED_MEMORY[arch], build
         assert build["spilled"] == 0, build
@@ -88,6 +88,10 @@ def builds(arch):
         yield compile_products(
             arch, kernels.quantize_kernel, constants, types | dict(out=f"*{kind}"), 8, 3
         )
+    yield compile_products(
+        arch, kernels.carry_kernel, dict(D=128, BLOCK=128, INTERLEAVED=True),
+        types | dict(out="*i32"), 4, 3,
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..quantize import DTYPES, quantize, quantize_pools
+from ..quantize import ROUNDING, quantize, quantize_pools
 from . import AttentionCall
 from . import _hopper_rings as rings
 from . import _hopper_tail as tails
@@ -332,7 +332,7 @@ def forward(call: AttentionCall) -> None:
     order, order_stride = call.order_and_stride()
     x = quantize(
         call.q, call.k, call.v, query_block=block_map.query_block, key_block=block_map.key_block,
-        key_lengths=key_lengths, interleaved=True, dtype=DTYPES[call.precision],
+        key_lengths=key_lengths, interleaved=True, **ROUNDING[call.precision],
     )
     k_scales, v_scales, pool_keys, pool_values = x.k_scales, x.v_scales, None, None
     if tail is not None:

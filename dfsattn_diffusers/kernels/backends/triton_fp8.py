@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..quantize import DTYPES, Quantized, quantize
+from ..quantize import ROUNDING, Quantized, quantize
 from ..quantize_kernels import to_e4m3
 from . import AttentionCall, refused_size
 from .triton import _block_at, _count_whole
@@ -215,7 +215,7 @@ def forward(call: AttentionCall) -> None:
     quantized = quantize(
         call.q, call.k, call.v, query_block=call.block_map.query_block,
         key_block=call.block_map.key_block, key_lengths=call.key_lengths,
-        dtype=DTYPES[call.precision],
+        **ROUNDING[call.precision],
     )
     launch(call, quantized, settings_for(call))
 

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dfsattn_diffusers.kernels import block_sparse_attention, list_backends
-from dfsattn_diffusers.kernels.backends import AttentionCall, load_backend
+from dfsattn_diffusers.kernels.backends import AttentionCall, load_backend, precisions_of
 
 # Heads, tokens, head dim of one attention call.
 SHAPES = {
@@ -48,7 +48,7 @@ def as_call(problem):
 def offers():
     """Our backends and the precisions of each, with what tells them apart in a table."""
     for name in list_backends():
-        for precision in getattr(load_backend(name), "PRECISIONS", ("full",)):
+        for precision in precisions_of(load_backend(name)):
             yield name, precision, f"ours: {name}" + (", int8" if precision == "int8" else "")
 
 

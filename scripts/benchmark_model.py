@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from benchmark_tools import CHANGES, OutOfTime, Record, config_named, milliseconds
+from benchmark_tools import BASELINES, CHANGES, OutOfTime, Record, config_named, milliseconds
 from diffusers.models.attention_dispatch import attention_backend
 from model_report import profile_rows
 from step_profile import profile
@@ -23,12 +23,6 @@ from video_models import MODELS, TINY, Denoising
 from dfsattn_diffusers import enable_dfsattn, list_presets
 from dfsattn_diffusers.schedule import decisions
 
-# Dense baselines: diffusers' attention backend, and whether padding is trimmed first.
-BASELINES = {
-    "dense, as shipped": ("native", False),
-    "dense": ("native", True),
-    "dense, cuDNN": ("_native_cudnn", True),
-}
 # Reaches less than the presets' `min_tokens`, blocks that suit it, and few steps like many.
 TINY_CHANGES = dict(
     min_tokens=0, tile_size=8, query_block=32, key_block=32, tail_pool=16, few_step_ratios=None

@@ -20,6 +20,13 @@ CHANGES = {
     "int8": dict(precision="int8", dense_precision="int8"),
 }
 
+# Dense baselines: diffusers' attention backend, and whether padding is trimmed first.
+BASELINES = {
+    "dense, as shipped": ("native", False),
+    "dense": ("native", True),
+    "dense, cuDNN": ("_native_cudnn", True),
+}
+
 
 def config_named(label):
     """A preset, or one with a change of `CHANGES`: "PRESET, fp8"."""

@@ -4,20 +4,18 @@ Each function takes the data and returns a header and rows. What was measured un
 that has other settings by now is left out.
 """
 
-from benchmark_tools import config_named
+from benchmark_tools import BASELINES, config_named
 from step_profile import PARTS
 
 from dfsattn_diffusers import list_presets
 from dfsattn_diffusers.configs import resolve_config
-
-BASELINES = ("dense, as shipped", "dense", "dense, cuDNN")
 
 
 def _is_current(record, label):
     return resolve_config(record["settings"][label]) == config_named(label)
 
 
-def _runs(data):
+def whole_runs(data):
     """Name, record, label and seconds of each whole run."""
     for name, record in data.items():
         for label, seconds in record.get("composed_s", {}).items():
@@ -28,7 +26,7 @@ def _runs(data):
 def runs(data):
     """A row for each model and preset."""
     rows = []
-    for name, record, label, seconds in _runs(data):
+    for name, record, label, seconds in whole_runs(data):
         ours = seconds["ours"]
         dense = [
             f"{seconds[way]:.0f} (x {seconds[way] / ours:.2f})" if way in seconds else ""
@@ -46,7 +44,7 @@ def runs(data):
 def fastest(data):
     """Each model's fastest preset, and the same in 8 bits, where an H200 ran it."""
     timed, took = {}, {}
-    for name, record, label, seconds in _runs(data):
+    for name, record, label, seconds in whole_runs(data):
         took[name, label] = seconds["ours"]
         if record["gpu"].endswith("H200") and label in list_presets():
             timed.setdefault(name, []).append((seconds["ours"], label, record, seconds))

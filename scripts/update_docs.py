@@ -241,9 +241,10 @@ def model_data():
 
 def models():
     data = model_data()
-    if not data:
+    records = [record for _, record, _, _ in model_report.whole_runs(data)]
+    if not records:
         return "Not measured yet."
-    software = {f"torch {x['torch']}, triton {x['triton']}" for x in data.values()}
+    software = {f"torch {x['torch']}, triton {x['triton']}" for x in records}
     return f"{'; '.join(sorted(software))}.\n\n{markdown(*model_report.runs(data))}"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .backends import AttentionCall, list_backends, load_backend
+from .backends import AttentionCall, list_backends, load_backend, precisions_of
 from .block_map import BlockMap
 from .tail import Tail, add_tail
 
@@ -138,7 +138,7 @@ def explain(
 
 def _why_not(module, call: AttentionCall) -> str | None:
     reason = module.why_not(call)
-    offered = getattr(module, "PRECISIONS", ("full",))
+    offered = precisions_of(module)
     if reason is None and call.precision not in offered:
         names = " or ".join(map(repr, offered))
         reason = f"its precision is {names}, not {call.precision!r}"

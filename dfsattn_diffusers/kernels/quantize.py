@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -97,15 +98,13 @@ def quantize(
         FlashAttention-3, Shah et al., arXiv 2407.08608 (values with keys contiguous).
     """
     lengths = None if key_lengths is None else block_lengths(k, key_block, key_lengths)
-    kernels = _kernels_for(q, k, v, query_block, key_block)
+    rounding = _rounding_for(q, k, v, query_block, key_block)
     if key_mean is None:
-        sums = (kernels.sum_blocks if kernels else sum_blocks)(k, lengths, key_block).sum(2)
+        sums = rounding.sum_blocks(k, lengths, key_block).sum(2)
         key_mean = sums / _count_sampled(k.shape[2], key_block, lengths)
     key_mean = key_mean.contiguous()
-    round_queries = kernels.round_queries if kernels else _round_queries
-    round_keys = kernels.round_keys if kernels else _round_keys
-    q8, q_scales, mean_logits = round_queries(q, query_block, key_mean, dtype)
-    k8, v8, k_scales, v_scales = round_keys(
+    q8, q_scales, mean_logits = rounding.round_queries(q, query_block, key_mean, dtype)
+    k8, v8, k_scales, v_scales = rounding.round_keys(
         k, v, key_block, lengths, key_mean, interleaved, dtype, carried
     )
     return Quantized(q8, k8, v8, q_scales, k_scales, v_scales, key_mean, mean_logits, carried)
@@ -128,20 +127,21 @@ def quantize_pools(
     # An empty pool is 0 and no key: without the mean it would be the largest of its block.
     mean = x.key_mean[:, :, None].to(tail.keys.dtype)
     keys = torch.where((tail.bias == float("-inf"))[..., None], mean, tail.keys)
-    kernels = _kernels_for(keys, keys, tail.values, key_block)
-    round_keys = kernels.round_keys if kernels else _round_keys
-    return round_keys(
+    return _rounding_for(keys, keys, tail.values, key_block).round_keys(
         keys, tail.values, key_block, None, x.key_mean, interleaved, x.k.dtype, x.carried
     )
 
 
-def _kernels_for(q: Tensor, k: Tensor, v: Tensor, *blocks: int) -> ModuleType | None:
-    """The Triton kernels where they serve: GPUs that know e4m3, powers of two from 16 on."""
+def _rounding_for(q: Tensor, k: Tensor, v: Tensor, *blocks: int) -> ModuleType:
+    """The Triton kernels where they serve, on GPUs that know e4m3, powers of two from 16 on.
+
+    Else this module, whose functions of the same names specify them.
+    """
     contiguous = all(x.stride(-1) == 1 for x in (q, k, v))
     powers = all(size >= 16 and size & (size - 1) == 0 for size in (q.shape[-1], *blocks))
-    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9):
-        return None
-    return fast("quantize_kernels", q) if contiguous and powers else None
+    old = q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9)
+    kernels = fast("quantize_kernels", q) if contiguous and powers and not old else None
+    return kernels or sys.modules[__name__]
 
 
 def _count_sampled(tokens: int, key_block: int, lengths: Tensor | None) -> int | Tensor:
@@ -157,15 +157,20 @@ def sum_blocks(k: Tensor, lengths: Tensor | None, key_block: int) -> Tensor:
     return _to_blocks(k, key_block, lengths)[:, :, :, ::SAMPLE].sum(3)
 
 
-def _round_queries(q, query_block, key_mean, dtype) -> tuple[Tensor, Tensor, Tensor]:
+def round_queries(
+    q: Tensor, query_block: int, key_mean: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries in `dtype`, their scales, and the logits of the keys' mean."""
     queries = _to_blocks(q, query_block)
     mean_logits = (queries @ key_mean[:, :, None, :, None]).flatten(2)
     return *_round_blocks(queries, dtype), mean_logits
 
 
-def _round_keys(
-    k, v, key_block, lengths, key_mean, interleaved, dtype, carried
-) -> tuple[Tensor, ...]:
+def round_keys(
+    k: Tensor, v: Tensor, key_block: int, lengths: Tensor | None, key_mean: Tensor,
+    interleaved: bool, dtype: torch.dtype, carried: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys in `dtype` and values in e4m3, and the scales of each."""
     k = k.float() - key_mean[:, :, None]
     k8, k_scales = _round_blocks(_to_blocks(k, key_block, lengths), dtype)
     v8, v_scales = _round_blocks(_to_blocks(v, key_block, lengths), torch.float8_e4m3fn, carried)

@@ -52,6 +52,11 @@ def _length(lengths, i_b, i_block, N, BLOCK: tl.constexpr):
     return i_length
 
 
+@triton.jit
+def _scale(b_x, LARGEST: tl.constexpr):
+    return tl.maximum(tl.max(tl.max(tl.abs(b_x), 1), 0), _SMALLEST) / LARGEST
+
+
 @triton.jit(do_not_specialize=["H", "N"])
 def sum_kernel(x, lengths, out, stride_b, stride_h, stride_n, H, N,
                D: tl.constexpr, BLOCK: tl.constexpr):
@@ -96,7 +101,7 @@ def quantize_kernel(
         b_x = tl.where((o_n < i_length)[:, None], b_x - b_mean[None, :], 0.0)
     WHOLE: tl.constexpr = out.dtype.element_ty == tl.int8
     LARGEST: tl.constexpr = _INT8 if WHOLE else _E4M3
-    b_scale = tl.maximum(tl.max(tl.max(tl.abs(b_x), 1), 0), _SMALLEST) / LARGEST
+    b_scale = _scale(b_x, LARGEST)
     tl.store(scales + i_row, b_scale)
     # Saturates: the quotient may come out one rounding beyond the largest number.
     b_x = tl.minimum(tl.maximum(b_x / b_scale, -LARGEST), LARGEST)
@@ -143,7 +148,7 @@ def carry_kernel(
     i_length = _length(lengths, i_b, i_block, N, BLOCK)
     o_n, o_d = tl.arange(0, BLOCK), tl.arange(0, D)
     b_x = _load_block(x, o_n, i_b, i_h, i_block, i_length, stride_b, stride_h, stride_n, D, BLOCK)
-    b_scale = tl.maximum(tl.max(tl.max(tl.abs(b_x), 1), 0), _SMALLEST) / _E4M3
+    b_scale = _scale(b_x, _E4M3)
     i_row = i_bh.to(tl.int64) * tl.num_programs(0) + i_block
     tl.store(scales + i_row, b_scale)
     i_words = tl.num_programs(0) * (BLOCK // 4)

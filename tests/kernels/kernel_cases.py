@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dfsattn_diffusers.kernels import BlockMap, block_sparse_attention, list_backends
-from dfsattn_diffusers.kernels.backends import load_backend
+from dfsattn_diffusers.kernels.backends import load_backend, precisions_of
 
 ON_CUDA = (
     pytest.mark.gpu,
@@ -285,7 +285,7 @@ NASTY = [
 BACKENDS = [
     name
     for name in list_backends()
-    if "full" in getattr(load_backend(name), "PRECISIONS", ("full",)) and name != "fa4"
+    if "full" in precisions_of(load_backend(name)) and name != "fa4"
 ]
 
 

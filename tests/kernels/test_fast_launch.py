@@ -80,7 +80,8 @@ def builds(arch):
         (128, ["variance"]),
         (64, ["v", "energy", "values", "bias"]),
     ):
-        sizes = dict(SIZE=size, D=128, POOLS=tail_kernels.pools_at_once(128), ROWS=4)
+        pools = tail_kernels.pools_at_once(128)
+        sizes = dict(SIZE=size, D=128, POOLS=pools, ROWS=tail_kernels._ROWS)
         yield compile_for(
             arch,
             tail_kernels.pool_kernel,

@@ -14,6 +14,7 @@ from test_gluon_emulated import BACKENDS, MODULES, with_stages
 from test_triton_fp8 import check_fp8, nearest_logarithm
 
 from dfsattn_diffusers.kernels import api
+from dfsattn_diffusers.kernels.quantize import ROUNDING
 
 OURS = tuple(f"{BACKENDS}.{name}" for name in ("_hopper_bytes", "gluon_fp8"))
 
@@ -36,7 +37,7 @@ def check(p, precision="fp8"):
     check_fp8(p, "gluon_fp8", nearest_logarithm, precision=precision)
 
 
-@pytest.mark.parametrize("precision", ["fp8", "int8"])
+@pytest.mark.parametrize("precision", ROUNDING)
 @pytest.mark.parametrize("head_dim, key_block", [(64, 64), (64, 128), (128, 64), (128, 128)])
 def test_random_maps(backend, head_dim, key_block, precision):
     p = problem(
@@ -45,7 +46,7 @@ def test_random_maps(backend, head_dim, key_block, precision):
     check(p, precision)
 
 
-@pytest.mark.parametrize("precision", ["fp8", "int8"])
+@pytest.mark.parametrize("precision", ROUNDING)
 @pytest.mark.parametrize("change", NASTY, ids=lambda change: change.__name__)
 def test_nasty_problems(backend, change, precision):
     check(change(problem(dtype=torch.float16, num_queries=400)), precision)

@@ -12,7 +12,7 @@ from compiling import printed_by
 from kernel_cases import problem, segments, some_full_rows
 from test_tail import tail_of
 
-from dfsattn_diffusers.kernels.backends import load_backend
+from dfsattn_diffusers.kernels.backends import load_backend, precisions_of
 
 TOOL = shutil.which("compute-sanitizer") or shutil.which(
     "compute-sanitizer", path="/usr/local/cuda/bin"
@@ -94,8 +94,8 @@ def main(backends):
             sizes = dict(num_queries=500, head_dim=head_dim, heads=1, density=0.4)
             p = change(problem("cuda", torch.bfloat16, **sizes))
             for backend in backends:
-                precisions = getattr(load_backend(backend), "PRECISIONS", ("full",))
-                outs = [p.run(backend, precision=precision) for precision in precisions]
+                offered = precisions_of(load_backend(backend))
+                outs = [p.run(backend, precision=precision) for precision in offered]
                 if backend == "gluon_hopper":
                     outs.append(p.run(backend, tail=tail_of(p, 16, False)))
                 assert all(out.isfinite().all() for out in outs)

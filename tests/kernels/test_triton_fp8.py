@@ -1,6 +1,7 @@
 """fp8: the rounding against its specification, attention against eager code that rounds alike."""
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -40,6 +41,11 @@ def quantized(p, **changes):
         p.q, p.k, p.v, query_block=p.query_block, key_block=p.key_block,
         key_lengths=p.key_lengths, **changes,
     )
+
+
+def round_by(monkeypatch, kernels):
+    """Let `quantize` call these kernels, or with None its torch code."""
+    monkeypatch.setattr(sys.modules[quantize.__module__], "fast", lambda name, x: kernels)
 
 
 def dequantized(p, x):
@@ -166,10 +172,9 @@ def test_kernels_round_as_specified(
     p = problem(device, dtype, num_queries=300, head_dim=head_dim, key_block=key_block)
     p = change(replace(p, k=p.k + 5, v=p.v * 30))
     p.v[0, 0, :key_block] = 0
-    module = __import__("sys").modules[quantize.__module__]
-    monkeypatch.setattr(module, "fast", lambda name, x: None)
+    round_by(monkeypatch, None)
     wanted = quantized(p, **rounding)
-    monkeypatch.setattr(module, "fast", lambda name, x: quantize_kernels)
+    round_by(monkeypatch, quantize_kernels)
     got = quantized(p)
     torch.testing.assert_close(got.key_mean, wanted.key_mean, rtol=1e-5, atol=1e-6)
     got = quantized(p, key_mean=wanted.key_mean, **rounding)
@@ -196,8 +201,7 @@ def test_interleaved_values(monkeypatch, device, fused, precision, key_block):
     """The same numbers in another order, which the name of each place says."""
     p = segments(problem(device, half(device), num_queries=300, key_block=key_block))
     if not fused:
-        module = __import__("sys").modules[quantize.__module__]
-        monkeypatch.setattr(module, "fast", lambda name, x: None)
+        round_by(monkeypatch, None)
     order = torch.tensor([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15], device=device)
     rounding = ROUNDING[precision]
     plain, other = quantized(p, **rounding), quantized(p, interleaved=True, **rounding)
@@ -216,8 +220,7 @@ def test_pools_are_centred_as_keys(monkeypatch, device, fused):
     tail, x = tail_of(p, 32, True), quantized(p)
     assert tail.keys.shape[2] == 24 and tail.bias.isinf().any() and tail.bias.isfinite().any()
     if not fused:
-        module = __import__("sys").modules[quantize.__module__]
-        monkeypatch.setattr(module, "fast", lambda name, x: None)
+        round_by(monkeypatch, None)
     got, there = dequantized_tail(p, x, tail), tail.bias.isfinite()
     for ours, exact in (
         (got.keys, tail.keys.double() - x.key_mean.double()[:, :, None]),
@@ -242,8 +245,7 @@ def test_odd_head_dims_are_left_to_torch(device):
 def test_what_rounding_takes_off_is_carried_on(monkeypatch, fused):
     """Sums over keys err by one rounding at the end of a block, however many they are."""
     if not fused:
-        module = __import__("sys").modules[quantize.__module__]
-        monkeypatch.setattr(module, "fast", lambda name, x: None)
+        round_by(monkeypatch, None)
     p = segments(problem(dtype=torch.float16, num_queries=700, density=1.0))
     real = p.real_keys()[:, None, :, None]
     exact = p.v.double().masked_fill(~real, 0)

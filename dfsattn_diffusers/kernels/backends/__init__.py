@@ -101,6 +101,11 @@ def _names() -> tuple[str, ...]:
     return tuple(sorted(name for name in names if not name.startswith("_")))
 
 
+def precisions_of(module: ModuleType | SimpleNamespace) -> tuple[str, ...]:
+    """Those that a backend offers."""
+    return getattr(module, "PRECISIONS", ("full",))
+
+
 @cache
 def load_backend(name: str) -> ModuleType | SimpleNamespace:
     """The backend module; one that cannot be imported here says so in `why_not`."""

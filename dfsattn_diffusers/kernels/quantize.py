@@ -17,9 +17,12 @@ from .fast import fast
 if TYPE_CHECKING:
     from .tail import Tail
 
-# The largest numbers of the formats. Whole numbers are three to four times as exact for queries and
-# keys, whose numbers are of one size; e4m3 is for values, and for weights, whose sizes differ.
-LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+# The largest numbers of queries and keys. Whole numbers are three to four times as exact for them,
+# as theirs are of one size. Of e4m3 not the largest that there is, but of the same digits: products
+# are to be numbers of float16, and so is what makes eighths of an octave of them, times 2^-24.
+LARGEST = {torch.float8_e4m3fn: 448.0 * 2.0**-10, torch.int8: 127.0}
+# Of values, in e4m3 always: like weights they are of very different sizes.
+LARGEST_VALUE = 448.0
 # How `quantize` rounds, by precision of an attention call.
 ROUNDING: dict[str, dict[str, Any]] = {
     "fp8": dict(dtype=torch.float8_e4m3fn),
@@ -133,12 +136,12 @@ def quantize_pools(
 
 
 def _rounding_for(q: Tensor, k: Tensor, v: Tensor, *blocks: int) -> ModuleType:
-    """The Triton kernels where they serve, on GPUs that know e4m3, powers of two from 16 on.
+    """The Triton kernels where they serve, on GPUs that know e4m3, powers of two from 32 on.
 
     Else this module, whose functions of the same names specify them.
     """
     contiguous = all(x.stride(-1) == 1 for x in (q, k, v))
-    powers = all(size >= 16 and size & (size - 1) == 0 for size in (q.shape[-1], *blocks))
+    powers = all(size >= 32 and size & (size - 1) == 0 for size in (q.shape[-1], *blocks))
     old = q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9)
     kernels = fast("quantize_kernels", q) if contiguous and powers and not old else None
     return kernels or sys.modules[__name__]
@@ -163,7 +166,7 @@ def round_queries(
     """Queries in `dtype`, their scales, and the logits of the keys' mean."""
     queries = _to_blocks(q, query_block)
     mean_logits = (queries @ key_mean[:, :, None, :, None]).flatten(2)
-    return *_round_blocks(queries, dtype), mean_logits
+    return *_round_blocks(queries, dtype, LARGEST[dtype]), mean_logits
 
 
 def round_keys(
@@ -172,8 +175,10 @@ def round_keys(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keys in `dtype` and values in e4m3, and the scales of each."""
     k = k.float() - key_mean[:, :, None]
-    k8, k_scales = _round_blocks(_to_blocks(k, key_block, lengths), dtype)
-    v8, v_scales = _round_blocks(_to_blocks(v, key_block, lengths), torch.float8_e4m3fn, carried)
+    k8, k_scales = _round_blocks(_to_blocks(k, key_block, lengths), dtype, LARGEST[dtype])
+    v8, v_scales = _round_blocks(
+        _to_blocks(v, key_block, lengths), torch.float8_e4m3fn, LARGEST_VALUE, carried
+    )
     if carried:
         # Or padding would get what the last value left.
         real = _to_blocks(torch.ones_like(v[..., :1]), key_block, lengths).flatten(2, 3) > 0
@@ -194,18 +199,18 @@ def _to_blocks(x: Tensor, size: int, lengths: Tensor | None = None) -> Tensor:
 
 
 def _round_blocks(
-    blocks: Tensor, dtype: torch.dtype, carried: bool = False
+    blocks: Tensor, dtype: torch.dtype, largest: float, carried: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Blocks `[B, H, blocks, size, D]` side by side in `dtype`, and their scales."""
-    largest = LARGEST[dtype]
-    scales = blocks.abs().amax((3, 4)).clamp(min=SMALLEST) / largest
-    # Saturates: the quotient may come out one rounding beyond the largest number.
-    rounded = (blocks / scales[..., None, None]).clamp(-largest, largest)
+    peaks = blocks.abs().amax((3, 4), keepdim=True).clamp(min=SMALLEST)
+    scaled = blocks * (peaks.reciprocal() * largest)
     if carried:
         rest = 0.0
-        for token in rounded.unbind(3):
+        for token in scaled.unbind(3):
             wanted = (token + rest).clamp(-largest, largest)
             rest = wanted - token.copy_(wanted.to(dtype))
     if dtype == torch.int8:
-        rounded = rounded.round()
-    return rounded.to(dtype).flatten(2, 3), scales
+        scaled = scaled.round()
+    # Saturates: the product may come out one rounding beyond the largest number.
+    rounded = scaled.clamp(-largest, largest).to(dtype)
+    return rounded.flatten(2, 3), peaks[..., 0, 0] / largest

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .quantize import LARGEST, SAMPLE, SMALLEST
+from .quantize import LARGEST, LARGEST_VALUE, SAMPLE, SMALLEST
 
-_SMALLEST, _SAMPLE = map(tl.constexpr, (SMALLEST, SAMPLE))
+_SMALLEST, _SAMPLE, _VALUE = map(tl.constexpr, (SMALLEST, SAMPLE, LARGEST_VALUE))
 _E4M3, _INT8 = (tl.constexpr(LARGEST[kind]) for kind in (torch.float8_e4m3fn, torch.int8))
 # The interpreter loses the carry of a rounding: there numbers are rounded before the cast.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -53,8 +53,10 @@ def _length(lengths, i_b, i_block, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scale(b_x, LARGEST: tl.constexpr):
-    return tl.maximum(tl.max(tl.max(tl.abs(b_x), 1), 0), _SMALLEST) / LARGEST
+def _scales(b_x, LARGEST: tl.constexpr):
+    """What a block's numbers are multiplied by, and what their codes are."""
+    b_peak = tl.maximum(tl.max(tl.max(tl.abs(b_x), 1), 0), _SMALLEST)
+    return tl.div_rn(1.0, b_peak) * LARGEST, tl.div_rn(b_peak, LARGEST)
 
 
 @triton.jit(do_not_specialize=["H", "N"])
@@ -100,11 +102,12 @@ def quantize_kernel(
     if CENTRED:
         b_x = tl.where((o_n < i_length)[:, None], b_x - b_mean[None, :], 0.0)
     WHOLE: tl.constexpr = out.dtype.element_ty == tl.int8
-    LARGEST: tl.constexpr = _INT8 if WHOLE else _E4M3
-    b_scale = _scale(b_x, LARGEST)
+    NARROW: tl.constexpr = _INT8 if WHOLE else _E4M3
+    LARGEST: tl.constexpr = _VALUE if TRANSPOSED else NARROW
+    b_factor, b_scale = _scales(b_x, LARGEST)
     tl.store(scales + i_row, b_scale)
-    # Saturates: the quotient may come out one rounding beyond the largest number.
-    b_x = tl.minimum(tl.maximum(b_x / b_scale, -LARGEST), LARGEST)
+    # Saturates: the product may come out one rounding beyond the largest number.
+    b_x = tl.minimum(tl.maximum(b_x * b_factor, -LARGEST), LARGEST)
     if TRANSPOSED:
         i_slots = tl.num_programs(0) * BLOCK
         p_out = out + (i_bh.to(tl.int64) * D + o_d)[:, None] * i_slots
@@ -146,33 +149,64 @@ def carry_kernel(
     i_block, i_bh = tl.program_id(0), tl.program_id(1)
     i_b, i_h = i_bh // H, i_bh % H
     i_length = _length(lengths, i_b, i_block, N, BLOCK)
-    o_n, o_d = tl.arange(0, BLOCK), tl.arange(0, D)
-    b_x = _load_block(x, o_n, i_b, i_h, i_block, i_length, stride_b, stride_h, stride_n, D, BLOCK)
-    b_scale = _scale(b_x, _E4M3)
+    o_d = tl.arange(0, D)
+    # [16, D]; a whole block would leave registers for few programs at a time
+    b_top = tl.zeros([16, D], tl.float32)
+    for i in range(0, BLOCK, 16):
+        o_n = i + tl.arange(0, 16)
+        b_x = _load_block(
+            x, o_n, i_b, i_h, i_block, i_length, stride_b, stride_h, stride_n, D, BLOCK
+        )
+        b_top = tl.maximum(b_top, tl.abs(b_x))
+    b_factor, b_scale = _scales(b_top, _VALUE)
     i_row = i_bh.to(tl.int64) * tl.num_programs(0) + i_block
     tl.store(scales + i_row, b_scale)
+    p_x = x + i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h + o_d
+    p_x += (i_block * BLOCK).to(tl.int64) * stride_n
     i_words = tl.num_programs(0) * (BLOCK // 4)
     p_out = out + (i_bh.to(tl.int64) * D + o_d)[:, None] * i_words + i_block * (BLOCK // 4)
     # [D]
-    b_rest, b_none = tl.zeros([D], tl.float32), tl.zeros([D], tl.int32)
-    for i in range(0, BLOCK, 16):
-        b_0, b_1, b_2, b_3 = b_none, b_none, b_none, b_none
-        for T in tl.static_range(16):
-            o_one = i + T + tl.arange(0, 1)
-            b_token = _load_block(
-                x, o_one, i_b, i_h, i_block, i_length, stride_b, stride_h, stride_n, D, BLOCK
-            )
-            # Saturates twice, as specified: the quotient, and what is carried on top.
-            b_wanted = tl.minimum(tl.maximum(tl.reshape(b_token, (D,)) / b_scale, -_E4M3), _E4M3)
-            b_wanted = tl.minimum(tl.maximum(b_wanted + b_rest, -_E4M3), _E4M3)
-            b_code = to_e4m3(b_wanted)
-            b_rest = b_wanted - b_code.to(tl.float32)
-            b_code = b_code.to(tl.uint8, bitcast=True).to(tl.int32)
-            b_code = tl.where(i + T < i_length, b_code, 0)
-            b_0, b_1, b_2, b_3 = _put_code(b_0, b_1, b_2, b_3, b_code, T, INTERLEAVED)
-        # [D, 4]
-        b_words = tl.reshape(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), (D, 4))
-        tl.store(p_out + i // 4 + tl.arange(0, 4)[None, :], b_words)
+    b_rest = tl.zeros([D], tl.float32)
+    # Thirty-two at a time: a half sector takes as long to write as a whole one.
+    for i in range(0, BLOCK, 32):
+        i_left = i_length - i
+        if i_left >= 32:
+            b_low, b_rest = _carry(p_x, stride_n, b_factor, b_rest, None, 0, D, INTERLEAVED)
+            b_high, b_rest = _carry(p_x, stride_n, b_factor, b_rest, None, 16, D, INTERLEAVED)
+        else:
+            b_low, b_rest = _carry(p_x, stride_n, b_factor, b_rest, i_left, 0, D, INTERLEAVED)
+            b_high, b_rest = _carry(p_x, stride_n, b_factor, b_rest, i_left, 16, D, INTERLEAVED)
+        p_x += 32 * stride_n.to(tl.int64)
+        # [D, 8]
+        b_words = tl.reshape(tl.permute(tl.join(b_low, b_high), (0, 2, 1)), (D, 8))
+        tl.store(p_out + i // 4 + tl.arange(0, 8)[None, :], b_words)
+
+
+@triton.jit
+def _carry(p_x, stride_n, b_factor, b_rest, i_left, FIRST: tl.constexpr, D: tl.constexpr,
+           INTERLEAVED: tl.constexpr):
+    """Codes of sixteen values of each column, `[D, 4]` int32, and what is left to carry.
+
+    `i_left`: how many are real, from `p_x` on; None: all.
+    """
+    b_none = tl.zeros([D], tl.int32)
+    b_0, b_1, b_2, b_3 = b_none, b_none, b_none, b_none
+    for T in tl.static_range(16):
+        p_token = p_x + (FIRST + T) * stride_n
+        if i_left is None:
+            b_token = tl.load(p_token)
+        else:
+            m_real = b_none + (FIRST + T) < i_left
+            b_token = tl.load(p_token, mask=m_real, other=0.0)
+        b_wanted = b_token.to(tl.float32) * b_factor + b_rest
+        b_wanted = tl.minimum(tl.maximum(b_wanted, -_VALUE), _VALUE)
+        b_code = to_e4m3(b_wanted)
+        b_rest = b_wanted - b_code.to(tl.float32)
+        b_code = b_code.to(tl.uint8, bitcast=True).to(tl.int32)
+        if i_left is not None:
+            b_code = tl.where(m_real, b_code, 0)
+        b_0, b_1, b_2, b_3 = _put_code(b_0, b_1, b_2, b_3, b_code, T, INTERLEAVED)
+    return tl.reshape(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), (D, 4)), b_rest
 
 
 def sum_blocks(k: Tensor, lengths: Tensor | None, key_block: int) -> Tensor:
@@ -220,7 +254,9 @@ def _round_in_turn(
     with torch.cuda.device_of(v):
         carry_kernel[blocks, batch * heads](
             v, lengths, words, scales, *v.stride()[:3], heads, tokens, D=head_dim, BLOCK=size,
-            INTERLEAVED=interleaved, num_warps=4,
+            INTERLEAVED=interleaved, num_warps=max(1, head_dim // 64),
+            # Or the rest carried would be of another number than the one that is specified.
+            enable_fp_fusion=False,
         )
     return words.view(torch.float8_e4m3fn), scales
 

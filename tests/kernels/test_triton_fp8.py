@@ -287,8 +287,8 @@ def test_rounding_is_relative_and_padding_is_zero():
         wanted = wanted.double() - mean
         wanted = wanted.masked_fill(~real, 0) if got is given.k else wanted
         largest = wanted.abs().amax()
-        # Half the distance to the next number: 2 ** -10 of 448 where it is smallest.
-        assert ((got - wanted).abs() <= wanted.abs() / 16 + largest / 448 * 2**-10).all()
+        # Half the distance to the next number: 2 ** -10 of 448 / 2 ** 10 where it is smallest.
+        assert ((got - wanted).abs() <= wanted.abs() / 16 + largest / 448).all()
     assert not given.v.masked_fill(real, 0).any() and not given.k.masked_fill(real, 0).any()
 
 

@@ -141,6 +141,16 @@ class Value(torch.Tensor):
         return self.contiguous().view(dtype) if bitcast else super().to(dtype)
 
 
+def _halves(x) -> torch.Tensor:
+    """The two float16 of each int32."""
+    return torch.as_tensor(x)[..., None].contiguous().view(torch.float16)
+
+
+def _low_bytes(halves) -> Value:
+    """Those of four float16, the first one lowest, as an int32."""
+    return value(halves.view(torch.int16).to(torch.uint8).view(torch.int32).squeeze(-1))
+
+
 def value(x) -> Value:
     return torch.as_tensor(x).as_subclass(Value)
 
@@ -219,7 +229,7 @@ class Product:
         a, b, out, use_out = self.operands
         out = out.result if isinstance(out, Product) else out
         a, b = (x.data if isinstance(x, Shared) else x for x in (a, b))
-        product = a.float() @ b.float()
+        product = (a.float() @ b.float()).to(out.dtype)
         self.result = value(out + product if use_out else product)
 
 
@@ -309,8 +319,20 @@ class Emulator:
     def _assemble(self, text, constraints, args, dtype, is_pure, pack):
         if "cvt.rn.relu.f16x2.f32" in text:
             # Four low bytes to a register, the first one lowest.
-            halves = torch.stack(args, -1).relu().half().view(torch.int16)
-            return value(halves.to(torch.uint8).view(torch.int32).squeeze(-1))
+            return _low_bytes(torch.stack(args, -1).relu().half())
+        if text.startswith("mov.b32 $0, {"):
+            return value(torch.stack(args, -1).view(torch.int32).squeeze(-1))
+        if "fma.rn" in text:
+            # In float64 nothing is rounded before the end, as in one instruction.
+            *pairs, factor, level = (_halves(x).double() for x in args)
+            sums = [(pair * factor + level).half() for pair in pairs]
+            if "relu" in text:
+                return _low_bytes(torch.cat(sums, -1).relu())
+            return value(sums[0].view(torch.int32).squeeze(-1))
+        if text.startswith("max.f16x2"):
+            return value(torch.maximum(*map(_halves, args)).view(torch.int32).squeeze(-1))
+        if "cvt.f32.f16" in text:
+            return value(_halves(args[0]).amax(-1).float())
         if text.startswith("mov.b32") and pack == 4:
             # Four numbers of a register, which is there four times.
             registers = args[0].unflatten(-1, (-1, 4))
@@ -357,8 +379,8 @@ class Emulator:
             return value(torch.where(*map(torch.as_tensor, (condition, a, b))))
 
         return SimpleNamespace(
-            constexpr=lambda x: x, static_range=range,
-            int8=torch.int8, int32=torch.int32, int64=torch.int64, float32=torch.float32,
+            constexpr=lambda x: x, static_range=range, int8=torch.int8, int16=torch.int16,
+            int32=torch.int32, int64=torch.int64, float32=torch.float32,
             bfloat16=torch.bfloat16, float16=torch.float16, float8e4nv=torch.float8_e4m3fn,
             NVMMASharedLayout=Layout, NVMMADistributedLayout=Layout, SliceLayout=Layout,
             SwizzledSharedLayout=Layout, DotOperandLayout=Layout, BlockedLayout=Layout,

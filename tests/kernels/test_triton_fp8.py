@@ -78,10 +78,10 @@ def eager_fp8(p, x, rounded, tail=None):
     `rounded`: what of the logarithms to base 2 of weights makes them, and what is added up.
     """
     pools = tail and dequantized_tail(p, x, tail)
-    # Hopper's 8-bit products of floats cut what they add off after 14 bits.
-    cut = rounded is nearest_logarithm and x.q.is_floating_point()
+    # On Hopper, what 8-bit floats give is float16, as is what becomes of it.
+    halves = rounded is nearest_logarithm and x.q.is_floating_point()
     out, lse = dequantized(p, x).by_parts(
-        lambda part, at: eager_part(part, rounded, cut, pools and part_of(pools, at))
+        lambda part, at: eager_part(part, rounded, halves, pools and part_of(pools, at))
     )
     return out, lse + mean_logits(p, x).float()
 
@@ -99,14 +99,16 @@ def nearest_logarithm(x):
     return weights, weights
 
 
-def eager_part(p, rounded, cut, tail):
+def eager_part(p, rounded, halves, tail):
     real = p.real_keys()
     rows = p.mask.repeat_interleave(p.query_block, 2)[:, :, : p.q.shape[2]]
     mask = rows.repeat_interleave(p.key_block, 3)[..., : p.k.shape[2]] & real[:, None, None]
     scale = p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
-    if cut:
+    if halves:
         scale *= 1 - 2.0**-12
     logits = p.q.float() @ p.k.float().transpose(-1, -2) * scale
+    if halves:
+        logits = logits.half().float()
     logits, values = logits.masked_fill(~mask, -torch.inf), p.v
     if tail is not None:
         pools = p.q.float() @ tail.keys.float().transpose(-1, -2) * scale + tail.bias[:, :, None]
@@ -115,6 +117,9 @@ def eager_part(p, rounded, cut, tail):
         values = torch.cat([values, tail.values], 2)
     peak = logits.amax(-1, keepdim=True)
     peak = peak.masked_fill(peak == -torch.inf, 0)
+    if halves:
+        # A whole number of codes, for which a half of one is taken off.
+        peak = ((peak / math.log(2) * 8 + 0.46).round() - 0.46) / 8 * math.log(2)
     weights, added = rounded((logits - peak) / math.log(2))
     total = added.sum(-1, keepdim=True)
     out = (weights @ values.float()) / total.masked_fill(total == 0, 1)

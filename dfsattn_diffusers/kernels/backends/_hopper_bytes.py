@@ -22,9 +22,28 @@ _TO_CODES = gl.constexpr("""
     prmt.b32 $0, low, high, 0x6420;
 }
 """)
+# Likewise of four float16 in two registers, times $3 plus $4.
+_PAIRS_TO_CODES = gl.constexpr("""
+{
+    .reg .b32 low, high;
+    fma.rn.relu.f16x2 low, $1, $3, $4;
+    fma.rn.relu.f16x2 high, $2, $3, $4;
+    prmt.b32 $0, low, high, 0x6420;
+}
+""")
+_LARGER_HALF = gl.constexpr("""
+{
+    .reg .b16 low, high;
+    mov.b32 {low, high}, $1;
+    max.f16 low, low, high;
+    cvt.f32.f16 $0, low;
+}
+""")
 # What a power of two is worth: eight codes.
 OCTAVE = gl.constexpr(8 * 2.0**-24)
-# Code 0 is at 2^-7, but for what the straight line exceeds the exponential by: on average nothing.
+# By so much, on average, the straight line exceeds the logarithm.
+EXCESS = gl.constexpr(0.0575)
+# Where code 0 is, below 1.
 ORIGIN = gl.constexpr(7 - 0.0575)
 
 
@@ -39,29 +58,132 @@ def _words_layout(groups):
 
 
 @gluon.jit
-def in_fours(b_x):
+def _registers(TEXT: gl.constexpr, CONSTRAINTS: gl.constexpr, args):
+    return gl.inline_asm_elementwise(TEXT, CONSTRAINTS, args, dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _in_pairs(b_x):
+    """Float16 of neighbours, two to an int32: `[ROWS, KEYS // 16, 2, 4]`."""
+    ROWS: gl.constexpr = b_x.shape[0]
+    KEYS: gl.constexpr = b_x.shape[1]
+    b_even, b_odd = b_x.reshape([ROWS, KEYS // 16, 2, 4, 2]).split()
+    return _registers("mov.b32 $0, {$1, $2};", "=r,h,h", [b_even, b_odd])
+
+
+@gluon.jit
+def _in_two(b_pairs):
+    """A thread's lower and upper pairs of each 16 keys, `[ROWS, KEYS // 16, 4]` each."""
+    return b_pairs.permute((0, 1, 3, 2)).split()
+
+
+@gluon.jit
+def _in_fours(b_x):
     """A thread's four keys of each 16, apart: `[ROWS, KEYS // 16, 4]` each."""
     ROWS: gl.constexpr = b_x.shape[0]
     KEYS: gl.constexpr = b_x.shape[1]
     b_even, b_odd = b_x.reshape([ROWS, KEYS // 16, 2, 4, 2]).split()
-    b_0, b_2 = b_even.permute((0, 1, 3, 2)).split()
-    b_1, b_3 = b_odd.permute((0, 1, 3, 2)).split()
+    b_0, b_2 = _in_two(b_even)
+    b_1, b_3 = _in_two(b_odd)
     return b_0, b_1, b_2, b_3
 
 
 @gluon.jit
-def pack(b_level):
+def _twice(b_x):
+    """The same float16 twice in an int32."""
+    # Beyond the largest it is infinite, and infinity times 0 no number.
+    b_x = gl.minimum(b_x, 65504.0).to(gl.float16)
+    b_bits = b_x.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
+    return b_bits | (b_bits << 16)
+
+
+@gluon.jit
+def take_logits(b_s):
+    """What `multiply_keys` has made, `[ROWS, KEYS]`: float16 in pairs, int32 as it is.
+
+    Float16 of two keys takes one instruction for both, and products of 8-bit floats are as exact.
+    """
+    return _in_pairs(b_s) if b_s.dtype == gl.float16 else b_s
+
+
+@gluon.jit
+def scale_and_hide(b_s, b_scale, b_bias):
+    """Logits in base 2, in pairs or float32, plus a bias for each column."""
+    ROWS: gl.constexpr = b_s.shape[0]
+    KEYS: gl.constexpr = b_bias.shape[0]
+    if in_pairs(b_s):
+        b_bias = _in_pairs(b_bias.to(gl.float16)[None, :].broadcast_to([ROWS, KEYS]))
+        args = [b_s, _twice(b_scale), b_bias]
+        b_s = _registers("fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", args)
+    else:
+        b_s = b_s.to(gl.float32) * b_scale + b_bias[None, :]
+    return b_s
+
+
+@gluon.constexpr_function
+def in_pairs(b_s):
+    """Whether logits are pairs of float16."""
+    return len(b_s.shape) == 4
+
+
+@gluon.jit
+def _larger(b_a, b_b):
+    return _registers("max.f16x2 $0, $1, $2;", "=r,r,r", [b_a, b_b])
+
+
+@gluon.jit
+def _larger_groups(b_x):
+    """Of `[ROWS, GROUPS, 4]` pairs the larger ones of both halves of the groups."""
+    ROWS: gl.constexpr = b_x.shape[0]
+    GROUPS: gl.constexpr = b_x.shape[1]
+    b_0, b_1 = b_x.reshape([ROWS, 2, GROUPS // 2, 4]).permute((0, 2, 3, 1)).split()
+    return _larger(b_0, b_1)
+
+
+@gluon.constexpr_function
+def _log2(x):
+    return x.bit_length() - 1
+
+
+@gluon.jit
+def peak(b_s):
+    """Each row's largest logit, `[ROWS]` float32."""
+    # As trees: a chain of maxima, each of which waits for the one before, takes twice as long.
+    if in_pairs(b_s):
+        b_low, b_high = _in_two(b_s)
+        b_peak = _larger(b_low, b_high)
+        for _ in gl.static_range(_log2(b_peak.shape[1])):
+            b_peak = _larger_groups(b_peak)
+        b_peak = gl.inline_asm_elementwise(
+            _LARGER_HALF, "=f,r", [b_peak], dtype=gl.float32, is_pure=True, pack=1
+        )
+    else:
+        b_0, b_1, b_2, b_3 = _in_fours(b_s)
+        b_peak = gl.maximum(gl.maximum(b_0, b_1), gl.maximum(b_2, b_3))
+    return gl.max(gl.max(b_peak, 1), 1).to(gl.float32)
+
+
+@gluon.jit
+def pack(b_s, b_factor, b_level):
     """e4m3 of weights, four to an int32: `[ROWS, KEYS // 16, 4]`; 0 from 2^-7 down.
 
     Four bytes of their own would be unpacked and packed again from one loop step to the next.
 
     Args:
-        b_level: `[ROWS, KEYS]`, `OCTAVE * (ORIGIN + log2(weight))`, of weights up to 256.
+        b_s: Logits. `b_s * b_factor + b_level`, of which the last is `[ROWS]`, is to be
+            `OCTAVE * (ORIGIN + log2(weight))`, of weights up to 256. For pairs, levels must be
+            multiples of 2^-24.
     """
-    b_0, b_1, b_2, b_3 = in_fours(b_level)
-    return gl.inline_asm_elementwise(
-        _TO_CODES, "=r,r,r,r,r", [b_0, b_1, b_2, b_3], dtype=gl.int32, is_pure=True, pack=1
-    )
+    if in_pairs(b_s):
+        b_low, b_high = _in_two(b_s)
+        ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, b_low.type.layout))
+        b_level = gl.convert_layout(_twice(b_level), ROW, assert_trivial=True)[:, None, None]
+        args = [b_low, b_high, _twice(b_factor), b_level]
+        b_packed = _registers(_PAIRS_TO_CODES, "=r,r,r,r,r", args)
+    else:
+        b_0, b_1, b_2, b_3 = _in_fours(b_s.to(gl.float32) * b_factor + b_level[:, None])
+        b_packed = _registers(_TO_CODES, "=r,r,r,r,r", [b_0, b_1, b_2, b_3])
+    return b_packed
 
 
 @gluon.jit

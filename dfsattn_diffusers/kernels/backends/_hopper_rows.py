@@ -146,10 +146,11 @@ def clear_padding(v_ring, i_ring, i, row, W: gl.constexpr):
 
 @gluon.jit
 def multiply_keys(b_q, b_k, LOGITS: gl.constexpr):
-    """Starts q times k transposed: float32, or int32 of whole numbers."""
+    """Starts q times k transposed: in float32, of 8-bit floats in float16, of int8 in int32."""
     ROWS: gl.constexpr = b_q.shape[0]
     KEYS: gl.constexpr = b_k.shape[0]
-    KIND: gl.constexpr = gl.int32 if b_q.dtype == gl.int8 else gl.float32
+    FLOAT: gl.constexpr = gl.float16 if b_q.dtype == gl.float8e4nv else gl.float32
+    KIND: gl.constexpr = gl.int32 if b_q.dtype == gl.int8 else FLOAT
     b_zero = gl.zeros([ROWS, KEYS], KIND, LOGITS)
     return warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
 

@@ -14,15 +14,19 @@ from . import AttentionCall
 from . import _hopper_rings as rings
 from . import _hopper_tail as tails
 from ._hopper_bytes import (
+    EXCESS,
     OCTAVE,
     ORIGIN,
     add_sum,
     as_operand,
-    in_fours,
+    in_pairs,
     make_ones,
     no_sum,
     pack,
+    peak,
+    scale_and_hide,
     start_sum,
+    take_logits,
     times_rows,
 )
 from ._hopper_rings import TensorDescriptor, gl, gluon, warpgroup_mma, warpgroup_mma_wait
@@ -57,14 +61,14 @@ def _scales_at(i_block, scales, NUM_SCALES):
 
 @gluon.jit
 def _raise(b_max, b_s, b_scale):
-    """The running maximum of logits in base 2."""
-    # Pairs first: a chain of maxima, each of which waits for the one before, takes twice as long.
-    b_0, b_1, b_2, b_3 = in_fours(b_s)
-    # [ROWS, 4]
-    b_peak = gl.max(gl.maximum(gl.maximum(b_0, b_1), gl.maximum(b_2, b_3)), 1)
+    """The running maximum of logits in base 2, or what is near it."""
     # [ROWS]
-    b_peak = gl.convert_layout(gl.max(b_peak, 1), b_max.type.layout, assert_trivial=True)
-    return gl.maximum(b_max, b_peak * b_scale)
+    b_peak = peak(b_s) * b_scale
+    if in_pairs(b_s):
+        # A row's level is then a whole number of codes, as float16 can hold: from 2^20 on, numbers
+        # are eighths apart.
+        b_peak = ((b_peak + EXCESS + 1572864.0) - 1572864.0) - EXCESS
+    return gl.maximum(b_max, gl.convert_layout(b_peak, b_max.type.layout, assert_trivial=True))
 
 
 @gluon.jit
@@ -78,10 +82,8 @@ def _weigh(b_s, b_max, b_new, b_sum, b_scale, b_ratio, MASKED: gl.constexpr):
     b_shift = gl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
     b_decay = gl.exp2(b_max - b_shift)
     # Weights reach 256 of e4m3's 448, a power of two that cancels against their sum.
-    b_level = ((8.0 + ORIGIN) - b_shift) * OCTAVE
-    # [ROWS, KEYS]
-    b_level = b_s * (b_scale * OCTAVE) + b_level[:, None]
-    return pack(b_level), times_rows(b_sum, b_decay), b_decay * b_ratio
+    b_packed = pack(b_s, b_scale * OCTAVE, ((8.0 + ORIGIN) - b_shift) * OCTAVE)
+    return b_packed, times_rows(b_sum, b_decay), b_decay * b_ratio
 
 
 @gluon.jit
@@ -109,8 +111,7 @@ def _attend_whole(b_q, k_ring, v_ring, b_ones, b_out, b_max, b_sum, i_tile, i_wh
     b_next_scale, b_next_log = _scales_at(block_at(p_blocks, 1, i_listed), scales, NUM_BLOCKS)
     i_block = block_at(p_blocks, 2, i_listed)
     b_s = multiply_keys(b_q, rings.receive(k_ring, i_tile), LOGITS)
-    # [ROWS, KEYS]
-    b_s = warpgroup_mma_wait(0, deps=[b_s]).to(gl.float32)
+    b_s = take_logits(warpgroup_mma_wait(0, deps=[b_s]))
     rings.release(k_ring, i_tile)
     b_scale = b_q_scale * b_k_scale
     b_new = _raise(b_max, b_s, b_scale)
@@ -131,8 +132,7 @@ def _attend_whole(b_q, k_ring, v_ring, b_ones, b_out, b_max, b_sum, i_tile, i_wh
         b_part = warpgroup_mma_wait(1, deps=[b_part])
         b_sum = add_sum(b_sum, b_part)
         b_product = _multiply_values(b_operand, b_v, OUT)
-        # [ROWS, KEYS]
-        b_s = warpgroup_mma_wait(1, deps=[b_s]).to(gl.float32)
+        b_s = take_logits(warpgroup_mma_wait(1, deps=[b_s]))
         b_new = _raise(b_max, b_s, b_scale)
         # ptxas does not move the wait for the product across this branch and its loop.
         rings.receive_if(i + 1 < i_whole, k_ring, i_tile + i + 1)
@@ -171,10 +171,9 @@ def _attend_one(b_q, k_ring, v_ring, b_ones, b_out, b_max, b_sum, i_tile, b_scal
     b_hidden = gl.where(gl.arange(0, KEYS, COLUMNS) < i_keys, 0.0, float("-inf"))
     if b_bias is not None:
         b_hidden += gl.convert_layout(b_bias, COLUMNS)
-    # [ROWS, KEYS]
-    b_s = warpgroup_mma_wait(0, deps=[b_s]).to(gl.float32)
+    b_s = take_logits(warpgroup_mma_wait(0, deps=[b_s]))
     rings.release(k_ring, i_tile)
-    b_s = b_s * b_scale + b_hidden[None, :]
+    b_s = scale_and_hide(b_s, b_scale, b_hidden)
     b_new = _raise(b_max, b_s, 1.0)
     b_packed, b_sum, b_decay = _weigh(b_s, b_max, b_new, b_sum, 1.0, b_ratio, True)
     b_operand = as_operand(b_packed, OUT)

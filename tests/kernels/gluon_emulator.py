@@ -320,17 +320,20 @@ class Emulator:
         if "cvt.rn.relu.f16x2.f32" in text:
             # Four low bytes to a register, the first one lowest.
             return _low_bytes(torch.stack(args, -1).relu().half())
-        if text.startswith("mov.b32 $0, {"):
-            return value(torch.stack(args, -1).view(torch.int32).squeeze(-1))
-        if "fma.rn" in text:
+        if "fma.rn.relu" in text:
+            *halves, factor, level = args
+            factor, level = (_halves(x)[..., :1].double() for x in (factor, level))
             # In float64 nothing is rounded before the end, as in one instruction.
-            *pairs, factor, level = (_halves(x).double() for x in args)
-            sums = [(pair * factor + level).half() for pair in pairs]
-            if "relu" in text:
-                return _low_bytes(torch.cat(sums, -1).relu())
-            return value(sums[0].view(torch.int32).squeeze(-1))
-        if text.startswith("max.f16x2"):
-            return value(torch.maximum(*map(_halves, args)).view(torch.int32).squeeze(-1))
+            return _low_bytes((torch.stack(halves, -1) * factor + level).relu().half())
+        if "fma.rn" in text:
+            *halves, factor, bias, other = args
+            factor = _halves(factor)[0].double()
+            return [value((x * factor + y).half()) for x, y in zip(halves, (bias, other))]
+        if "max.f16x2" in text:
+            pairs = [_halves(x) for x in args]
+            if len(args) == 4:
+                pairs = [torch.stack(args[:2], -1), torch.stack(args[2:], -1)]
+            return value(torch.maximum(*pairs).view(torch.int32).squeeze(-1))
         if "cvt.f32.f16" in text:
             return value(_halves(args[0]).amax(-1).float())
         if text.startswith("mov.b32") and pack == 4:
@@ -394,6 +397,7 @@ class Emulator:
             full=lambda shape, x, dtype, layout: value(torch.as_tensor(x).expand(shape).to(dtype)),
             zeros=lambda shape, dtype, layout: value(torch.zeros(shape, dtype=dtype)),
             convert_layout=lambda x, layout, assert_trivial=False: x, where=where,
+            join=lambda a, b: value(torch.stack([a, b], -1)),
             maximum=lambda a, b: value(torch.maximum(*map(torch.as_tensor, (a, b)))),
             minimum=lambda a, b: value(torch.minimum(*map(torch.as_tensor, (a, b)))),
             max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),

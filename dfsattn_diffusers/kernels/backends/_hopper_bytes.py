@@ -22,16 +22,37 @@ _TO_CODES = gl.constexpr("""
     prmt.b32 $0, low, high, 0x6420;
 }
 """)
-# Likewise of four float16 in two registers, times $3 plus $4.
-_PAIRS_TO_CODES = gl.constexpr("""
+# Likewise of float16 times $5 plus $6, both of which are twice in a register. Halves are put together
+# where they are used: ptxas has them together, and so moves fewer registers.
+_HALVES_TO_CODES = gl.constexpr("""
 {
     .reg .b32 low, high;
-    fma.rn.relu.f16x2 low, $1, $3, $4;
-    fma.rn.relu.f16x2 high, $2, $3, $4;
+    mov.b32 low, {$1, $2};
+    mov.b32 high, {$3, $4};
+    fma.rn.relu.f16x2 low, low, $5, $6;
+    fma.rn.relu.f16x2 high, high, $5, $6;
     prmt.b32 $0, low, high, 0x6420;
 }
 """)
-_LARGER_HALF = gl.constexpr("""
+# Two float16 times $4, which is twice in its register, plus two others.
+_SCALE = gl.constexpr("""
+{
+    .reg .b32 both, bias;
+    mov.b32 both, {$2, $3};
+    mov.b32 bias, {$5, $6};
+    fma.rn.f16x2 both, both, $4, bias;
+    mov.b32 {$0, $1}, both;
+}
+""")
+_LARGER_PAIR = gl.constexpr("""
+{
+    .reg .b32 low, high;
+    mov.b32 low, {$1, $2};
+    mov.b32 high, {$3, $4};
+    max.f16x2 $0, low, high;
+}
+""")
+_LARGER_OF_PAIR = gl.constexpr("""
 {
     .reg .b16 low, high;
     mov.b32 {low, high}, $1;
@@ -63,28 +84,19 @@ def _registers(TEXT: gl.constexpr, CONSTRAINTS: gl.constexpr, args):
 
 
 @gluon.jit
-def _in_pairs(b_x):
-    """Float16 of neighbours, two to an int32: `[ROWS, KEYS // 16, 2, 4]`."""
+def _in_two(b_x):
+    """Neighbours, apart: `[ROWS, KEYS // 16, 2, 4]` each."""
     ROWS: gl.constexpr = b_x.shape[0]
     KEYS: gl.constexpr = b_x.shape[1]
-    b_even, b_odd = b_x.reshape([ROWS, KEYS // 16, 2, 4, 2]).split()
-    return _registers("mov.b32 $0, {$1, $2};", "=r,h,h", [b_even, b_odd])
-
-
-@gluon.jit
-def _in_two(b_pairs):
-    """A thread's lower and upper pairs of each 16 keys, `[ROWS, KEYS // 16, 4]` each."""
-    return b_pairs.permute((0, 1, 3, 2)).split()
+    return b_x.reshape([ROWS, KEYS // 16, 2, 4, 2]).split()
 
 
 @gluon.jit
 def _in_fours(b_x):
     """A thread's four keys of each 16, apart: `[ROWS, KEYS // 16, 4]` each."""
-    ROWS: gl.constexpr = b_x.shape[0]
-    KEYS: gl.constexpr = b_x.shape[1]
-    b_even, b_odd = b_x.reshape([ROWS, KEYS // 16, 2, 4, 2]).split()
-    b_0, b_2 = _in_two(b_even)
-    b_1, b_3 = _in_two(b_odd)
+    b_even, b_odd = _in_two(b_x)
+    b_0, b_2 = b_even.permute((0, 1, 3, 2)).split()
+    b_1, b_3 = b_odd.permute((0, 1, 3, 2)).split()
     return b_0, b_1, b_2, b_3
 
 
@@ -98,46 +110,30 @@ def _twice(b_x):
 
 
 @gluon.jit
-def take_logits(b_s):
-    """What `multiply_keys` has made, `[ROWS, KEYS]`: float16 in pairs, int32 as it is.
-
-    Float16 of two keys takes one instruction for both, and products of 8-bit floats are as exact.
-    """
-    return _in_pairs(b_s) if b_s.dtype == gl.float16 else b_s
-
-
-@gluon.jit
 def scale_and_hide(b_s, b_scale, b_bias):
-    """Logits in base 2, in pairs or float32, plus a bias for each column."""
-    ROWS: gl.constexpr = b_s.shape[0]
-    KEYS: gl.constexpr = b_bias.shape[0]
-    if in_pairs(b_s):
-        b_bias = _in_pairs(b_bias.to(gl.float16)[None, :].broadcast_to([ROWS, KEYS]))
-        args = [b_s, _twice(b_scale), b_bias]
-        b_s = _registers("fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", args)
+    """Logits, in float16 or as float32, times a scale, plus a bias for each column."""
+    if b_s.dtype == gl.float16:
+        b_even, b_odd = _in_two(b_s)
+        b_bias_even, b_bias_odd = _in_two(b_bias.to(gl.float16)[None, :].broadcast_to(b_s.shape))
+        b_even, b_odd = gl.inline_asm_elementwise(
+            _SCALE, "=h,=h,h,h,r,h,h", [b_even, b_odd, _twice(b_scale), b_bias_even, b_bias_odd],
+            dtype=(gl.float16, gl.float16), is_pure=True, pack=1,
+        )
+        b_s = gl.convert_layout(
+            gl.join(b_even, b_odd).reshape(b_s.shape), b_s.type.layout, assert_trivial=True
+        )
     else:
         b_s = b_s.to(gl.float32) * b_scale + b_bias[None, :]
     return b_s
 
 
-@gluon.constexpr_function
-def in_pairs(b_s):
-    """Whether logits are pairs of float16."""
-    return len(b_s.shape) == 4
-
-
-@gluon.jit
-def _larger(b_a, b_b):
-    return _registers("max.f16x2 $0, $1, $2;", "=r,r,r", [b_a, b_b])
-
-
 @gluon.jit
 def _larger_groups(b_x):
-    """Of `[ROWS, GROUPS, 4]` pairs the larger ones of both halves of the groups."""
+    """Of `[ROWS, GROUPS, 4]` pairs of float16 the larger ones of both halves of the groups."""
     ROWS: gl.constexpr = b_x.shape[0]
     GROUPS: gl.constexpr = b_x.shape[1]
     b_0, b_1 = b_x.reshape([ROWS, 2, GROUPS // 2, 4]).permute((0, 2, 3, 1)).split()
-    return _larger(b_0, b_1)
+    return _registers("max.f16x2 $0, $1, $2;", "=r,r,r", [b_0, b_1])
 
 
 @gluon.constexpr_function
@@ -148,17 +144,16 @@ def _log2(x):
 @gluon.jit
 def peak(b_s):
     """Each row's largest logit, `[ROWS]` float32."""
+    b_0, b_1, b_2, b_3 = _in_fours(b_s)
     # As trees: a chain of maxima, each of which waits for the one before, takes twice as long.
-    if in_pairs(b_s):
-        b_low, b_high = _in_two(b_s)
-        b_peak = _larger(b_low, b_high)
+    if b_s.dtype == gl.float16:
+        b_peak = _registers(_LARGER_PAIR, "=r,h,h,h,h", [b_0, b_1, b_2, b_3])
         for _ in gl.static_range(_log2(b_peak.shape[1])):
             b_peak = _larger_groups(b_peak)
         b_peak = gl.inline_asm_elementwise(
-            _LARGER_HALF, "=f,r", [b_peak], dtype=gl.float32, is_pure=True, pack=1
+            _LARGER_OF_PAIR, "=f,r", [b_peak], dtype=gl.float32, is_pure=True, pack=1
         )
     else:
-        b_0, b_1, b_2, b_3 = _in_fours(b_s)
         b_peak = gl.maximum(gl.maximum(b_0, b_1), gl.maximum(b_2, b_3))
     return gl.max(gl.max(b_peak, 1), 1).to(gl.float32)
 
@@ -170,16 +165,16 @@ def pack(b_s, b_factor, b_level):
     Four bytes of their own would be unpacked and packed again from one loop step to the next.
 
     Args:
-        b_s: Logits. `b_s * b_factor + b_level`, of which the last is `[ROWS]`, is to be
-            `OCTAVE * (ORIGIN + log2(weight))`, of weights up to 256. For pairs, levels must be
+        b_s: Logits `[ROWS, KEYS]`. `b_s * b_factor + b_level`, of which the last is `[ROWS]`, is to
+            be `OCTAVE * (ORIGIN + log2(weight))`, of weights up to 256. For float16, levels must be
             multiples of 2^-24.
     """
-    if in_pairs(b_s):
-        b_low, b_high = _in_two(b_s)
-        ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, b_low.type.layout))
+    if b_s.dtype == gl.float16:
+        b_0, b_1, b_2, b_3 = _in_fours(b_s)
+        ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, b_0.type.layout))
         b_level = gl.convert_layout(_twice(b_level), ROW, assert_trivial=True)[:, None, None]
-        args = [b_low, b_high, _twice(b_factor), b_level]
-        b_packed = _registers(_PAIRS_TO_CODES, "=r,r,r,r,r", args)
+        args = [b_0, b_1, b_2, b_3, _twice(b_factor), b_level]
+        b_packed = _registers(_HALVES_TO_CODES, "=r,h,h,h,h,r,r", args)
     else:
         b_0, b_1, b_2, b_3 = _in_fours(b_s.to(gl.float32) * b_factor + b_level[:, None])
         b_packed = _registers(_TO_CODES, "=r,r,r,r,r", [b_0, b_1, b_2, b_3])

@@ -19,14 +19,12 @@ from ._hopper_bytes import (
     ORIGIN,
     add_sum,
     as_operand,
-    in_pairs,
     make_ones,
     no_sum,
     pack,
     peak,
     scale_and_hide,
     start_sum,
-    take_logits,
     times_rows,
 )
 from ._hopper_rings import TensorDescriptor, gl, gluon, warpgroup_mma, warpgroup_mma_wait
@@ -64,7 +62,7 @@ def _raise(b_max, b_s, b_scale):
     """The running maximum of logits in base 2, or what is near it."""
     # [ROWS]
     b_peak = peak(b_s) * b_scale
-    if in_pairs(b_s):
+    if b_s.dtype == gl.float16:
         # A row's level is then a whole number of codes, as float16 can hold: from 2^20 on, numbers
         # are eighths apart.
         b_peak = ((b_peak + EXCESS + 1572864.0) - 1572864.0) - EXCESS
@@ -111,7 +109,7 @@ def _attend_whole(b_q, k_ring, v_ring, b_ones, b_out, b_max, b_sum, i_tile, i_wh
     b_next_scale, b_next_log = _scales_at(block_at(p_blocks, 1, i_listed), scales, NUM_BLOCKS)
     i_block = block_at(p_blocks, 2, i_listed)
     b_s = multiply_keys(b_q, rings.receive(k_ring, i_tile), LOGITS)
-    b_s = take_logits(warpgroup_mma_wait(0, deps=[b_s]))
+    b_s = warpgroup_mma_wait(0, deps=[b_s])
     rings.release(k_ring, i_tile)
     b_scale = b_q_scale * b_k_scale
     b_new = _raise(b_max, b_s, b_scale)
@@ -132,7 +130,7 @@ def _attend_whole(b_q, k_ring, v_ring, b_ones, b_out, b_max, b_sum, i_tile, i_wh
         b_part = warpgroup_mma_wait(1, deps=[b_part])
         b_sum = add_sum(b_sum, b_part)
         b_product = _multiply_values(b_operand, b_v, OUT)
-        b_s = take_logits(warpgroup_mma_wait(1, deps=[b_s]))
+        b_s = warpgroup_mma_wait(1, deps=[b_s])
         b_new = _raise(b_max, b_s, b_scale)
         # ptxas does not move the wait for the product across this branch and its loop.
         rings.receive_if(i + 1 < i_whole, k_ring, i_tile + i + 1)
@@ -171,7 +169,7 @@ def _attend_one(b_q, k_ring, v_ring, b_ones, b_out, b_max, b_sum, i_tile, b_scal
     b_hidden = gl.where(gl.arange(0, KEYS, COLUMNS) < i_keys, 0.0, float("-inf"))
     if b_bias is not None:
         b_hidden += gl.convert_layout(b_bias, COLUMNS)
-    b_s = take_logits(warpgroup_mma_wait(0, deps=[b_s]))
+    b_s = warpgroup_mma_wait(0, deps=[b_s])
     rings.release(k_ring, i_tile)
     b_s = scale_and_hide(b_s, b_scale, b_hidden)
     b_new = _raise(b_max, b_s, 1.0)

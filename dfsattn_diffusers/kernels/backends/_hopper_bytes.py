@@ -22,8 +22,8 @@ _TO_CODES = gl.constexpr("""
     prmt.b32 $0, low, high, 0x6420;
 }
 """)
-# Likewise of float16 times $5 plus $6, both of which are twice in a register. Halves are put together
-# where they are used: ptxas has them together, and so moves fewer registers.
+# Likewise of float16 times $5 plus $6, both of which are twice in a register. Halves are put
+# together where they are used: ptxas has them so already, and moves fewer registers.
 _HALVES_TO_CODES = gl.constexpr("""
 {
     .reg .b32 low, high;

@@ -254,7 +254,8 @@ def _round_in_turn(
     with torch.cuda.device_of(v):
         carry_kernel[blocks, batch * heads](
             v, lengths, words, scales, *v.stride()[:3], heads, tokens, D=head_dim, BLOCK=size,
-            INTERLEAVED=interleaved, num_warps=max(1, head_dim // 64),
+            # A column a thread: with two, triton 3.6 carried other rests on an H200.
+            INTERLEAVED=interleaved, num_warps=max(1, head_dim // 32),
             # Or the rest carried would be of another number than the one that is specified.
             enable_fp_fusion=False,
         )

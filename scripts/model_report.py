@@ -42,7 +42,7 @@ def runs(data):
 
 
 def fastest(data):
-    """Each model's fastest preset, and the same in 8 bits, where an H200 ran it."""
+    """Each model's fastest preset, and the same in int8, where an H200 ran it."""
     timed, took = {}, {}
     for name, record, label, seconds in whole_runs(data):
         took[name, label] = seconds["ours"]
@@ -55,7 +55,7 @@ def fastest(data):
         cudnn = seconds["dense, cuDNN"]
         source = record["source"].split("/")[-1].removesuffix("-Diffusers")
         row = [source, size_of(record), f"{shipped / 60:.1f} min", f"{cudnn / 60:.1f} min"]
-        eight = took.get((name, f"{preset}, fp8"))
+        eight = took.get((name, f"{preset}, int8"))
         eight = f"{eight / 60:.1f} min (x {shipped / eight:.1f})" if eight else ""
         row += [f"**{ours / 60:.1f} min** (`{preset}`)", f"x {shipped / ours:.1f}", eight]
         rows.append(row)

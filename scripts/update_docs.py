@@ -113,7 +113,7 @@ def tail():
             if row["density"] > lowest:
                 continue
             problem = row["shape"], row["density"], row.get("maps", "even")
-            kernel = row["kernel"].split(",")[0]
+            kernel = row["kernel"].partition(", tail of ")[0]
             if "pools" not in row:
                 alone[(*problem, row["kernel"])] = row["ms"]
             elif (ms := alone.get((*problem, kernel))) is not None:

@@ -264,11 +264,11 @@ def test_the_documents_table_comes_from_the_data(load, tmp_path, monkeypatch):
     faster = seconds | {"ours": 200.0}
     h200 = record | dict(gpu="NVIDIA H200", source="maker/Video-Diffusers")
     config_named = load("benchmark_tools").config_named
-    labels = "paper", "turbo", "turbo, fp8"
+    labels = "paper", "turbo", "turbo, int8"
     h200["settings"] = {label: config_named(label).to_dict() for label in labels}
     # The fastest preset by itself, and in 8 bits beside it.
     eight = seconds | {"ours": 150.0}
-    data["video"] = h200 | {"composed_s": {"paper": seconds, "turbo": faster, "turbo, fp8": eight}}
+    data["video"] = h200 | {"composed_s": {"paper": seconds, "turbo": faster, "turbo, int8": eight}}
     (tmp_path / "benchmarks" / "model.json").write_text(json.dumps(data))
     _, _, *rows = docs.speed().splitlines()
     cells = "Video", "129 x 720 x 1280", "15.0 min", "8.3 min", "**3.3 min** (`turbo`)", "x 4.5"

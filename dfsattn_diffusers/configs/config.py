@@ -91,9 +91,10 @@ class DFSAttnConfig:
             above all, are had at the price of one branch, the last of the first dense steps among
             them. A correction is less close so.
         precision: Of the kept blocks' products: "full", that of the model, or, on sm89 and sm90,
-            "fp8" (e4m3) or "int8" (queries and keys whole numbers): faster, and less exact.
-        dense_precision: Of attention that stays dense: "full", by the user's backend, or "fp8" or
-            "int8", by the kernels, where no mask but that of padding is in the way. Dense steps are
+            "int8" (queries and keys whole numbers) or "fp8" (e4m3 for all): faster, and less exact,
+            the latter by more.
+        dense_precision: Of attention that stays dense: "full", by the user's backend, or "int8" or
+            "fp8", by the kernels, where no mask but that of padding is in the way. Dense steps are
             most of what fast presets take; what goes wrong there stays in the video.
         correction_precision: Of dense attention that a correction is measured by, which repeats its
             errors until the next one; None is `dense_precision`. "full" beside that in "fp8" is

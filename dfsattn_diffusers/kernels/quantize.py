@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from .tail import Tail
 
 # The largest numbers of queries and keys. Whole numbers are three to four times as exact for them,
-# as theirs are of one size. Of e4m3 not the largest that there is, but of the same digits: products
-# are to be numbers of float16, and so is what makes eighths of an octave of them, times 2^-24.
+# as theirs are of one size. e4m3 has as many digits at 448 / 2^10 as at 448, down to a 28th of it,
+# and then sums of products are numbers of float16, as is the factor that `gluon_fp8` has for them.
 LARGEST = {torch.float8_e4m3fn: 448.0 * 2.0**-10, torch.int8: 127.0}
-# Of values, in e4m3 always: like weights they are of very different sizes.
+# Of values, always in e4m3: like those of weights, their sizes differ.
 LARGEST_VALUE = 448.0
 # How `quantize` rounds, by precision of an attention call.
 ROUNDING: dict[str, dict[str, Any]] = {

@@ -189,7 +189,7 @@ def test_kernels_round_as_specified(
         scales, specified = (getattr(x, f"{name}_scales") for x in (got, wanted))
         torch.testing.assert_close(scales, specified, rtol=1e-6, atol=0)
         ours, theirs = (getattr(x, name).float() for x in (got, wanted))
-        # A GPU divides with one rounding more: ties may fall to the other side.
+        # A GPU's reciprocal may differ in the last place: ties may fall to the other side.
         unlike = (ours != theirs).float().mean()
         assert unlike <= (0 if device == "cpu" else 1e-3)
         torch.testing.assert_close(

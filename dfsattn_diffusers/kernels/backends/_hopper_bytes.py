@@ -62,9 +62,9 @@ _LARGER_OF_PAIR = gl.constexpr("""
 """)
 # What a power of two is worth: eight codes.
 OCTAVE = gl.constexpr(8 * 2.0**-24)
-# By so much, on average, the straight line exceeds the logarithm.
+# By so many powers of two the straight line exceeds the exponential, on average.
 EXCESS = gl.constexpr(0.0575)
-# Where code 0 is, below 1.
+# Code 0 is at 2^-7, but for that excess.
 ORIGIN = gl.constexpr(7 - 0.0575)
 
 

@@ -176,7 +176,7 @@ def carry_kernel(
         else:
             b_low, b_rest = _carry(p_x, stride_n, b_factor, b_rest, i_left, 0, D, INTERLEAVED)
             b_high, b_rest = _carry(p_x, stride_n, b_factor, b_rest, i_left, 16, D, INTERLEAVED)
-        p_x += 32 * stride_n
+        p_x += 32 * tl.cast(stride_n, tl.int64)
         # [D, 8]
         b_words = tl.reshape(tl.permute(tl.join(b_low, b_high), (0, 2, 1)), (D, 8))
         tl.store(p_out + i // 4 + tl.arange(0, 8)[None, :], b_words)

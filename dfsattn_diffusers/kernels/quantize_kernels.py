@@ -255,7 +255,7 @@ def _round_in_turn(
         carry_kernel[blocks, batch * heads](
             v, lengths, words, scales, *v.stride()[:3], heads, tokens, D=head_dim, BLOCK=size,
             # A column a thread: with two, triton 3.6 carried other rests on an H200.
-            INTERLEAVED=interleaved, num_warps=max(1, head_dim // 32),
+            INTERLEAVED=interleaved, num_warps=head_dim // 32,
             # Or the rest carried would be of another number than the one that is specified.
             enable_fp_fusion=False,
         )

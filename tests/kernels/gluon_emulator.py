@@ -318,7 +318,6 @@ class Emulator:
 
     def _assemble(self, text, constraints, args, dtype, is_pure, pack):
         if "cvt.rn.relu.f16x2.f32" in text:
-            # Four low bytes to a register, the first one lowest.
             return _low_bytes(torch.stack(args, -1).relu().half())
         if "fma.rn.relu" in text:
             *halves, factor, level = args

@@ -63,15 +63,20 @@ _LARGER_OF_PAIR = gl.constexpr("""
 # What a power of two is worth: eight codes.
 OCTAVE = gl.constexpr(8 * 2.0**-24)
 # By so many powers of two the straight line exceeds the exponential, on average.
-EXCESS = gl.constexpr(0.0575)
+_EXCESS = gl.constexpr(0.0575)
 # Code 0 is at 2^-7, but for that excess.
 ORIGIN = gl.constexpr(7 - 0.0575)
 
 
 @gluon.constexpr_function
+def _log2(x):
+    return x.bit_length() - 1
+
+
+@gluon.constexpr_function
 def _words_layout(groups):
     """Of `[64, groups, 4, 4]` bytes: the last four are a register, as in an 8-bit left operand."""
-    registers = [[0, 2**i, 0, 0] for i in range(groups.bit_length() - 1)]
+    registers = [[0, 2**i, 0, 0] for i in range(_log2(groups))]
     registers = [[0, 0, 0, 1], [0, 0, 0, 2], [8, 0, 0, 0], *registers]
     lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
     warps = [[16, 0, 0, 0], [32, 0, 0, 0]]
@@ -136,14 +141,12 @@ def _larger_groups(b_x):
     return _registers("max.f16x2 $0, $1, $2;", "=r,r,r", [b_0, b_1])
 
 
-@gluon.constexpr_function
-def _log2(x):
-    return x.bit_length() - 1
-
-
 @gluon.jit
-def peak(b_s):
-    """Each row's largest logit, `[ROWS]` float32."""
+def peak(b_s, b_scale):
+    """Each row's largest logit times a scale, `[ROWS]` float32.
+
+    Of float16, the nearest number for which `pack` has a level that float16 can hold.
+    """
     b_0, b_1, b_2, b_3 = _in_fours(b_s)
     # As trees: a chain of maxima, each of which waits for the one before, takes twice as long.
     if b_s.dtype == gl.float16:
@@ -155,7 +158,12 @@ def peak(b_s):
         )
     else:
         b_peak = gl.maximum(gl.maximum(b_0, b_1), gl.maximum(b_2, b_3))
-    return gl.max(gl.max(b_peak, 1), 1).to(gl.float32)
+    # [ROWS]
+    b_peak = gl.max(gl.max(b_peak, 1), 1).to(gl.float32) * b_scale
+    if b_s.dtype == gl.float16:
+        # Then the level is a whole number of codes: from 2^20 on, numbers are eighths apart.
+        b_peak = ((b_peak + _EXCESS + 1572864.0) - 1572864.0) - _EXCESS
+    return b_peak
 
 
 @gluon.jit

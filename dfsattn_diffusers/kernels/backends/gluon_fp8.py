@@ -14,7 +14,6 @@ from . import AttentionCall
 from . import _hopper_rings as rings
 from . import _hopper_tail as tails
 from ._hopper_bytes import (
-    EXCESS,
     OCTAVE,
     ORIGIN,
     add_sum,
@@ -60,13 +59,8 @@ def _scales_at(i_block, scales, NUM_SCALES):
 @gluon.jit
 def _raise(b_max, b_s, b_scale):
     """The running maximum of logits in base 2, or what is near it."""
-    # [ROWS]
-    b_peak = peak(b_s) * b_scale
-    if b_s.dtype == gl.float16:
-        # A row's level is then a whole number of codes, as float16 can hold: from 2^20 on, numbers
-        # are eighths apart.
-        b_peak = ((b_peak + EXCESS + 1572864.0) - 1572864.0) - EXCESS
-    return gl.maximum(b_max, gl.convert_layout(b_peak, b_max.type.layout, assert_trivial=True))
+    b_peak = gl.convert_layout(peak(b_s, b_scale), b_max.type.layout, assert_trivial=True)
+    return gl.maximum(b_max, b_peak)
 
 
 @gluon.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -30,38 +31,49 @@ ROUNDING: dict[str, dict[str, Any]] = {
 }
 # Keys are centred by the mean of every so many of a block: all of them would be read once more.
 SAMPLE = 8
+# Values of which the largest is smaller by so many powers of two than a head's are not seen.
+FAINT = 40.0
 # Blocks of smaller numbers lose digits, so that no scale underflows and no sum overflows.
 SMALLEST = 2.0**-64
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """What an attention call reads, in 8 bits; `x = x8 * scale`, the mean taken off the keys.
+class QuantizedKeys:
+    """Keys and values in 8 bits; `x = x8 * scale`, the mean taken off the keys.
 
     Slots fill whole blocks; those behind a block's real tokens hold 0, whatever they held.
 
     Attributes:
-        q: `[B, H, nQ * query_block, D]` e4m3 or int8.
-        k: `[B, H, nK * key_block, D]` likewise, without `key_mean`.
+        k: `[B, H, nK * key_block, D]` e4m3 or int8, without `key_mean`.
         v: `[B, H, D, nK * key_block]` e4m3: Hopper multiplies 8-bit values with keys contiguous
             only; keys in order, or `interleaved`.
-        q_scales: `[B, H, nQ]` float32.
         k_scales, v_scales: `[B, H, nK]` float32.
         key_mean: `[B, H, D]` float32.
-        mean_logits: `[B, H, nQ * query_block]` float32, `q . key_mean` of exact queries: what the
-            unscaled log-sum-exp of centred keys lacks.
         carried: Whether what rounding took off a value was added to the next.
     """
 
-    q: Tensor
     k: Tensor
     v: Tensor
-    q_scales: Tensor
     k_scales: Tensor
     v_scales: Tensor
     key_mean: Tensor
+    carried: bool
+
+
+@dataclass(frozen=True)
+class Quantized(QuantizedKeys):
+    """All that an attention call reads, in 8 bits.
+
+    Attributes:
+        q: `[B, H, nQ * query_block, D]` e4m3 or int8, as the keys.
+        q_scales: `[B, H, nQ]` float32.
+        mean_logits: `[B, H, nQ * query_block]` float32, `q . key_mean` of exact queries: what the
+            unscaled log-sum-exp of centred keys lacks.
+    """
+
+    q: Tensor
+    q_scales: Tensor
     mean_logits: Tensor
-    carried: bool = False
 
 
 def quantize(
@@ -70,22 +82,41 @@ def quantize(
     v: Tensor,
     *,
     query_block: int,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    **keys: Any,
+) -> Quantized:
+    """Round to 8 bits, each block scaled so that its largest number is the format's.
+
+    Args:
+        q: `[B, H, Nq, D]`.
+        query_block: Tokens per block; the last one may be short.
+        k, v, dtype, **keys: As of `quantize_keys`.
+    """
+    x = quantize_keys(k, v, dtype=dtype, **keys)
+    rounding = _rounding_for(q, query_block)
+    q8, q_scales, mean_logits = rounding.round_queries(q, query_block, x.key_mean, dtype)
+    return Quantized(**vars(x), q=q8, q_scales=q_scales, mean_logits=mean_logits)
+
+
+def quantize_keys(
+    k: Tensor,
+    v: Tensor,
+    *,
     key_block: int,
     key_lengths: Tensor | None = None,
     key_mean: Tensor | None = None,
     interleaved: bool = False,
     dtype: torch.dtype = torch.float8_e4m3fn,
     carried: bool = False,
-) -> Quantized:
+) -> QuantizedKeys:
     """Round to 8 bits, each block scaled so that its largest number is the format's.
 
     Softmax does not see a vector that is taken off all keys, so that any mean is exact; one near
     the true mean leaves little to round. All numbers must be finite, except in padding.
 
     Args:
-        q: `[B, H, Nq, D]`.
         k, v: `[B, H, Nk, D]`.
-        query_block, key_block: Tokens per block; last blocks may be short.
+        key_block: Tokens per block; the last one may be short.
         key_lengths: `[B, nK]` int32, real keys at the front of each key block; None: all are.
         key_mean: `[B, H, D]` float32 to take off the keys; None: the mean of each block's first key
             and every eighth after it.
@@ -101,27 +132,26 @@ def quantize(
         FlashAttention-3, Shah et al., arXiv 2407.08608 (values with keys contiguous).
     """
     lengths = None if key_lengths is None else block_lengths(k, key_block, key_lengths)
-    rounding = _rounding_for(q, k, v, query_block, key_block)
+    rounding = _rounding_for(k, v, key_block)
     if key_mean is None:
         sums = rounding.sum_blocks(k, lengths, key_block).sum(2)
         key_mean = sums / _count_sampled(k.shape[2], key_block, lengths)
     key_mean = key_mean.contiguous()
-    q8, q_scales, mean_logits = rounding.round_queries(q, query_block, key_mean, dtype)
     k8, v8, k_scales, v_scales = rounding.round_keys(
         k, v, key_block, lengths, key_mean, interleaved, dtype, carried
     )
-    return Quantized(q8, k8, v8, q_scales, k_scales, v_scales, key_mean, mean_logits, carried)
+    return QuantizedKeys(k8, v8, k_scales, v_scales, key_mean, carried)
 
 
 def quantize_pools(
-    tail: Tail, x: Quantized, *, key_block: int, interleaved: bool = False
+    tail: Tail, x: QuantizedKeys, *, key_block: int, interleaved: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The tail's pools as `quantize` rounds keys and values, `key_block` of them to a scale.
+    """The tail's pools as `quantize_keys` rounds keys and values, `key_block` of them to a scale.
 
     Args:
         tail: Pools of the keys and values of `x`.
         x: Whose mean comes off the pools too, so that they stay in the keys' softmax.
-        key_block, interleaved: As for `quantize`.
+        key_block, interleaved: As of `quantize_keys`.
 
     Returns:
         Keys `[B, H, n * key_block, D]`, values `[B, H, D, n * key_block]`; scales `[B, H, n]`
@@ -130,20 +160,39 @@ def quantize_pools(
     # An empty pool is 0 and no key: without the mean it would be the largest of its block.
     mean = x.key_mean[:, :, None].to(tail.keys.dtype)
     keys = torch.where((tail.bias == float("-inf"))[..., None], mean, tail.keys)
-    return _rounding_for(keys, keys, tail.values, key_block).round_keys(
+    return _rounding_for(keys, tail.values, key_block).round_keys(
         keys, tail.values, key_block, None, x.key_mean, interleaved, x.k.dtype, x.carried
     )
 
 
-def _rounding_for(q: Tensor, k: Tensor, v: Tensor, *blocks: int) -> ModuleType:
+def scale_table(x: QuantizedKeys, pool_scales: Sequence[Tensor] = ()) -> Tensor:
+    """What a kernel needs to know of each block to weigh its keys and add up its values.
+
+    Args:
+        x: Blocks of keys and values.
+        pool_scales: The scales that `quantize_pools` returns, if any; they follow the blocks'.
+
+    Returns:
+        `[B, H, n, 2]` float32: the scale of the keys, the logarithm to base 2 of the values'. None
+        is below the head's largest by more than 40: in units of values that are too small to be
+        seen, sums of others would leave float32.
+    """
+    table = _rounding_for(x.k, x.k.shape[-1]).table_scales
+    return table(x.k_scales, x.v_scales, *(pool_scales or (None, None)))
+
+
+def _rounding_for(*args: Any) -> ModuleType:
     """The Triton kernels where they serve, on GPUs that know e4m3, powers of two from 32 on.
 
-    Else this module, whose functions of the same names specify them.
+    Else this module, whose functions of the same names specify them. Args: tensors, then sizes of
+    blocks.
     """
-    contiguous = all(x.stride(-1) == 1 for x in (q, k, v))
-    powers = all(size >= 32 and size & (size - 1) == 0 for size in (q.shape[-1], *blocks))
-    old = q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9)
-    kernels = fast("quantize_kernels", q) if contiguous and powers and not old else None
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    like, blocks = tensors[0], args[len(tensors) :]
+    contiguous = all(x.stride(-1) == 1 for x in tensors)
+    powers = all(size >= 32 and size & (size - 1) == 0 for size in (like.shape[-1], *blocks))
+    old = like.is_cuda and torch.cuda.get_device_capability(like.device) < (8, 9)
+    kernels = fast("quantize_kernels", like) if contiguous and powers and not old else None
     return kernels or sys.modules[__name__]
 
 
@@ -187,6 +236,17 @@ def round_keys(
         # Keys 8 i + 2 j + k of 16 become 4 j + 2 i + k.
         v8 = v8.unflatten(2, (-1, 2, 4, 2)).transpose(3, 4).flatten(2, 5)
     return k8, v8.transpose(2, 3).contiguous(), k_scales, v_scales
+
+
+def table_scales(
+    k_scales: Tensor, v_scales: Tensor, pool_k_scales: Tensor | None, pool_v_scales: Tensor | None
+) -> Tensor:
+    """`scale_table` of blocks' scales and, behind them, of pools'."""
+    if pool_k_scales is not None:
+        k_scales = torch.cat([k_scales, pool_k_scales], -1)
+        v_scales = torch.cat([v_scales, pool_v_scales], -1)
+    v_logs = v_scales.log2()
+    return torch.stack([k_scales, v_logs.maximum(v_logs.amax(-1, keepdim=True) - FAINT)], -1)
 
 
 def _to_blocks(x: Tensor, size: int, lengths: Tensor | None = None) -> Tensor:

@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .quantize import LARGEST, LARGEST_VALUE, SAMPLE, SMALLEST
+from .quantize import FAINT, LARGEST, LARGEST_VALUE, SAMPLE, SMALLEST
 
 _SMALLEST, _SAMPLE, _VALUE = map(tl.constexpr, (SMALLEST, SAMPLE, LARGEST_VALUE))
+_FAINT = tl.constexpr(FAINT)
 _E4M3, _INT8 = (tl.constexpr(LARGEST[kind]) for kind in (torch.float8_e4m3fn, torch.int8))
 # The interpreter loses the carry of a rounding: there numbers are rounded before the cast.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -209,6 +210,28 @@ def _carry(p_x, stride_n, b_factor, b_rest, i_left, FIRST: tl.constexpr, D: tl.c
     return tl.reshape(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), (D, 4)), b_rest
 
 
+@triton.jit(do_not_specialize=["N", "N_POOLS"])
+def table_kernel(k_scales, v_scales, pool_k_scales, pool_v_scales, out, N, N_POOLS,
+                 SIZE: tl.constexpr):
+    """One head's scales; `SIZE` at least as many as there are."""
+    i_bh = tl.program_id(0)
+    o_n = tl.arange(0, SIZE)
+    m_n, i_end = o_n < N, N
+    b_k = tl.load(k_scales + i_bh * N + o_n, mask=m_n, other=0.0)
+    b_v = tl.load(v_scales + i_bh * N + o_n, mask=m_n, other=0.0)
+    if pool_k_scales is not None:
+        i_end = N + N_POOLS
+        m_pool, o_pool = (o_n >= N) & (o_n < i_end), i_bh * N_POOLS + o_n - N
+        b_k = tl.load(pool_k_scales + o_pool, mask=m_pool, other=b_k)
+        b_v = tl.load(pool_v_scales + o_pool, mask=m_pool, other=b_v)
+    # -inf behind the end
+    b_log = tl.log2(b_v)
+    b_log = tl.maximum(b_log, tl.max(b_log, 0) - _FAINT)
+    p_out = out + (i_bh * i_end + o_n) * 2
+    tl.store(p_out, b_k, mask=o_n < i_end)
+    tl.store(p_out + 1, b_log, mask=o_n < i_end)
+
+
 def sum_blocks(k: Tensor, lengths: Tensor | None, key_block: int) -> Tensor:
     """Sums of every eighth real token of each block, `[B, H, nK, D]` float32."""
     batch, heads, tokens, head_dim = k.shape
@@ -242,6 +265,21 @@ def round_keys(
         v, key_block, lengths, None, torch.float8_e4m3fn, centred=False, interleaved=interleaved
     )
     return k8, v8, k_scales, v_scales
+
+
+def table_scales(
+    k_scales: Tensor, v_scales: Tensor, pool_k_scales: Tensor | None, pool_v_scales: Tensor | None
+) -> Tensor:
+    """Of blocks and, behind them, of pools, `[B, H, n, 2]`: keys' scales, logarithms of values'."""
+    *heads, blocks = k_scales.shape
+    pools = 0 if pool_k_scales is None else pool_k_scales.shape[-1]
+    out = k_scales.new_empty(*heads, blocks + pools, 2)
+    with torch.cuda.device_of(k_scales):
+        table_kernel[heads[0] * heads[1],](
+            k_scales, v_scales, pool_k_scales, pool_v_scales, out, blocks, pools,
+            SIZE=triton.next_power_of_2(blocks + pools),
+        )
+    return out
 
 
 def _round_in_turn(

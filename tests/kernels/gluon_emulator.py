@@ -21,6 +21,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 
 GLUON = "triton.experimental.gluon"
+UNFENCED = "tensor cores read what stores may not have reached"
 
 
 class Deadlock(RuntimeError):
@@ -34,12 +35,12 @@ class Scheduler:
         self.random = random.Random(seed)
         self.current = threading.local()
         # Before the partitions start four warps run, which are one of them later.
-        self.current.warps, self.current.fenced = 4, True
+        self.current.warps, self.current.unfenced = 4, set()
         self.pending: list = []  # copies in flight
         self.stores: list = []  # of the lone warp, which not all of its threads may have made
 
     def run(self, tasks, num_warps) -> None:
-        assert self.current.fenced, "tensor cores read what stores may not have reached"
+        assert not self.current.unfenced, UNFENCED
         self.turn = threading.Condition()
         self.waiting = {i: lambda: True for i in range(len(tasks))}
         self.error, self.running = None, None
@@ -58,7 +59,7 @@ class Scheduler:
 
     def _task(self, i, function, arguments, warps):
         self.current.id, self.current.warps, self.current.products = i, warps, deque()
-        self.current.fenced = True
+        self.current.unfenced = set()
         try:
             with self.turn:
                 self._await_turn()
@@ -180,8 +181,12 @@ class Shared:
     def index(self, i):
         return Shared(self.data[int(i)], self.scheduler)
 
-    def slice(self, start, length):
-        return Shared(self.data[start : start + length], self.scheduler)
+    def slice(self, start, length, dim=0):
+        return Shared(self.data.narrow(dim, start, length), self.scheduler)
+
+    def memory(self):
+        """Which allocation this is a part of."""
+        return self.data.untyped_storage().data_ptr()
 
     def permute(self, order):
         return Shared(self.data.permute(order), self.scheduler)
@@ -192,7 +197,7 @@ class Shared:
     def store(self, x):
         if self.scheduler.current.warps > 1:
             self.data.copy_(x)
-            self.scheduler.current.fenced = False
+            self.scheduler.current.unfenced.add(self.memory())
         else:
             self.scheduler.stores.append((self.data, x.clone()))
 
@@ -280,7 +285,7 @@ class Emulator:
         return Kernel(self, function)
 
     def _fence(self):
-        self.scheduler.current.fenced = True
+        self.scheduler.current.unfenced.clear()
 
     def _expect(self, barrier, size):
         assert not self.scheduler.stores, "one thread announces what others may not have stored"
@@ -302,7 +307,8 @@ class Emulator:
 
     def _multiply(self, a, b, out, *, use_acc=True, is_async=False):
         assert is_async
-        assert self.scheduler.current.fenced, "tensor cores read what stores may not have reached"
+        read = {x.memory() for x in (a, b) if isinstance(x, Shared)}
+        assert not read & self.scheduler.current.unfenced, UNFENCED
         product = Product(a, b, out, use_acc)
         self.scheduler.current.products.append(product)
         return product
@@ -333,6 +339,8 @@ class Emulator:
             if len(args) == 4:
                 pairs = [torch.stack(args[:2], -1), torch.stack(args[2:], -1)]
             return value(torch.maximum(*pairs).view(torch.int32).squeeze(-1))
+        if "add.rn.f32" in text:
+            return (args[0] * args[1]).round().to(dtype)
         if "cvt.f32.f16" in text:
             return value(_halves(args[0]).amax(-1).float())
         if text.startswith("mov.b32") and pack == 4:
@@ -400,7 +408,8 @@ class Emulator:
             maximum=lambda a, b: value(torch.maximum(*map(torch.as_tensor, (a, b)))),
             minimum=lambda a, b: value(torch.minimum(*map(torch.as_tensor, (a, b)))),
             max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
-            exp2=lambda x: torch.exp2(torch.as_tensor(x)), log2=torch.log2,
+            exp2=lambda x: torch.exp2(torch.as_tensor(x)), log2=torch.log2, abs=torch.abs,
+            div_rn=lambda a, b: torch.as_tensor(a) / b,
         )
 
 

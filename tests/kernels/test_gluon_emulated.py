@@ -95,7 +95,8 @@ def own_tail(backend, monkeypatch):
 @pytest.mark.parametrize(
     "pool, head_dim, key_block, num_keys",
     [(8, 64, 128, 900), (16, 128, 64, 700), (32, 128, 128, 6200), (32, 64, 64, 4200),
-     (64, 64, 64, 4900), (64, 128, 128, 900), (128, 128, 128, 1300), (2, 64, 64, 300)],
+     (64, 64, 64, 4900), (64, 128, 128, 900), (128, 128, 128, 1300), (2, 64, 64, 300),
+     (32, 64, 128, 5500)],
 )  # fmt: skip
 def test_tail_of_random_maps(own_tail, pool, head_dim, key_block, num_keys):
     p = problem(

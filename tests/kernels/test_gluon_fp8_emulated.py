@@ -11,12 +11,15 @@ import torch
 from gluon_emulator import emulated
 from kernel_cases import NASTY, check_order, problem, segments, some_full_rows
 from test_gluon_emulated import BACKENDS, MODULES, with_stages
+from test_tail import tail_of
 from test_triton_fp8 import check_fp8, nearest_logarithm
 
 from dfsattn_diffusers.kernels import api
 from dfsattn_diffusers.kernels.quantize import ROUNDING
 
-OURS = tuple(f"{BACKENDS}.{name}" for name in ("_hopper_bytes", "gluon_fp8"))
+OURS = tuple(
+    f"{BACKENDS}.{name}" for name in ("_hopper_bytes", "_hopper_attend_bytes", "gluon_fp8")
+)
 
 
 @pytest.fixture(params=range(2), ids="seed{}".format)
@@ -33,8 +36,8 @@ def backend(request, monkeypatch):
         yield module
 
 
-def check(p, precision="fp8"):
-    check_fp8(p, "gluon_fp8", nearest_logarithm, precision=precision)
+def check(p, precision="fp8", tail=None):
+    check_fp8(p, "gluon_fp8", nearest_logarithm, tail, precision)
 
 
 @pytest.mark.parametrize("precision", ROUNDING)
@@ -59,6 +62,30 @@ def test_rings_of_any_depth(backend, monkeypatch, num_stages, change):
     p = change(problem(dtype=torch.float16, num_queries=650, density=0.4))
     p.mask[:, 0, 1] = False
     check(p)
+
+
+@pytest.mark.parametrize("precision", ROUNDING)
+@pytest.mark.parametrize(
+    "pool, head_dim, key_block, num_keys",
+    [(8, 64, 128, 900), (32, 64, 128, 5500), (32, 128, 64, 4200), (64, 128, 128, 900)],
+)  # fmt: skip
+def test_tail(backend, monkeypatch, pool, head_dim, key_block, num_keys, precision):
+    """The last tile of pools is as wide as a block, a half, and a quarter; alone, and not."""
+    monkeypatch.setattr(api, "add_tail", None)
+    p = problem(
+        dtype=torch.float16, num_queries=300, num_keys=num_keys, head_dim=head_dim,
+        key_block=key_block, density=0.3, heads=1,
+    )  # fmt: skip
+    p.mask[:, :, 0] = False
+    check(p, precision, tail_of(p, pool, True))
+
+
+@pytest.mark.parametrize("change", [segments, some_full_rows], ids=lambda change: change.__name__)
+def test_tail_of_short_blocks(backend, monkeypatch, change):
+    monkeypatch.setattr(api, "add_tail", None)
+    p = change(problem(dtype=torch.float16, num_queries=400, num_keys=1300, heads=1, density=0.4))
+    p.mask[:, 0, 1] = False
+    check(p, tail=tail_of(p, 32, False))
 
 
 def test_value_blocks_of_other_sizes(backend):

@@ -170,9 +170,9 @@ def compile_for_hopper(head_dim, key_block, dtype, everything, pool):
     kernel = backend.block_sparse_kernel
     x = torch.zeros(1, 1, 256, head_dim, dtype=getattr(torch, dtype))
     ints, floats = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
-    keys = backend._describe(x, key_block)
+    keys = backend.describe_rows(x, key_block)
     values = dict(
-        q=backend._describe(x, 64), k=keys, v=keys, out=x, scale_log2=0.1,
+        q=backend.describe_rows(x, 64), k=keys, v=keys, out=x, scale_log2=0.1,
         rows=ints, next_row=ints, counts=ints, indices=ints,
         lse=floats if everything else None, key_lengths=ints if everything else None,
         output_order=ints if everything else None, order_stride=300 if everything else None,

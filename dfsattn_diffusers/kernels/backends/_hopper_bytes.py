@@ -11,7 +11,10 @@ Computation 11, 1999.
 
 from __future__ import annotations
 
-from ._hopper_rings import gl, gluon, warpgroup_mma
+import torch
+
+from ..quantize import LARGEST, SMALLEST
+from ._hopper_rings import fence_async_shared, gl, gluon, sixteen_bytes, warpgroup_mma
 
 # Below 2^-14, float16 counts in steps of 2^-24: to round to it is to round to an integer.
 _TO_CODES = gl.constexpr("""
@@ -60,12 +63,39 @@ _LARGER_OF_PAIR = gl.constexpr("""
     cvt.f32.f16 $0, low;
 }
 """)
+# The nearest whole numbers, ties to even, of four times a factor: the lowest bytes of what is left
+# when 3 * 2^22 is added. Said step by step, since one instruction for both would round but once.
+_TO_WHOLE = gl.constexpr("""
+{
+    .reg .f32 a, b, c, d;
+    .reg .b32 low, high, e, f;
+    mul.rn.f32 a, $1, $5;
+    mul.rn.f32 b, $2, $6;
+    mul.rn.f32 c, $3, $7;
+    mul.rn.f32 d, $4, $8;
+    add.rn.f32 a, a, 0f4B400000;
+    add.rn.f32 b, b, 0f4B400000;
+    add.rn.f32 c, c, 0f4B400000;
+    add.rn.f32 d, d, 0f4B400000;
+    mov.b32 e, a;
+    mov.b32 f, b;
+    prmt.b32 low, e, f, 0x0040;
+    mov.b32 e, c;
+    mov.b32 f, d;
+    prmt.b32 high, e, f, 0x0040;
+    prmt.b32 $0, low, high, 0x5410;
+}
+""")
 # What a power of two is worth: eight codes.
 OCTAVE = gl.constexpr(8 * 2.0**-24)
 # By so many powers of two the straight line exceeds the exponential, on average.
 _EXCESS = gl.constexpr(0.0575)
 # Code 0 is at 2^-7, but for that excess.
 ORIGIN = gl.constexpr(7 - 0.0575)
+
+
+_SMALLEST = gl.constexpr(SMALLEST)
+_E4M3, _INT8 = (gl.constexpr(LARGEST[kind]) for kind in (torch.float8_e4m3fn, torch.int8))
 
 
 @gluon.constexpr_function
@@ -112,6 +142,37 @@ def _twice(b_x):
     b_x = gl.minimum(b_x, 65504.0).to(gl.float16)
     b_bits = b_x.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
     return b_bits | (b_bits << 16)
+
+
+@gluon.jit
+def round_queries(b_q, b_tile):
+    """A warpgroup's queries into a tile of 8 bits, as `quantize` rounds a block; their scale."""
+    WIDE: gl.constexpr = sixteen_bytes(b_q.shape[1], gl.num_warps())
+    NARROW: gl.constexpr = b_tile.dtype
+    LARGEST: gl.constexpr = _INT8 if gl.int8 == NARROW else _E4M3
+    # [ROWS, D]
+    b_x = b_q.load(WIDE).to(gl.float32)
+    b_peak = gl.maximum(gl.max(gl.max(gl.abs(b_x), 1), 0), _SMALLEST)
+    b_factor = gl.div_rn(1.0, b_peak) * LARGEST
+    if gl.int8 == NARROW:
+        b_x = gl.inline_asm_elementwise(
+            _TO_WHOLE, "=r,f,f,f,f,f,f,f,f", [b_x, b_factor], dtype=gl.int8, is_pure=True, pack=4
+        )
+    else:
+        b_x = (b_x * b_factor).to(NARROW)
+    b_tile.store(b_x)
+    # The tensor cores read past the caches of ordinary stores.
+    fence_async_shared()
+    return gl.div_rn(b_peak, LARGEST)
+
+
+@gluon.jit
+def multiply_vector(b_q, p_x):
+    """Queries times the vector at `p_x`, `[ROWS]`."""
+    D: gl.constexpr = b_q.shape[1]
+    WIDE: gl.constexpr = sixteen_bytes(D, gl.num_warps())
+    b_x = gl.load(p_x + gl.arange(0, D, gl.SliceLayout(0, WIDE)))
+    return gl.sum(b_q.load(WIDE).to(gl.float32) * b_x[None, :], 1)
 
 
 @gluon.jit

@@ -33,9 +33,9 @@ def listed_blocks(i_row, i_count, indices, NUM_BLOCKS, MAX_COUNT):
 
 
 @gluon.jit
-def make_row_ring(DTYPE: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr):
-    """For queries: a tile for each warpgroup and what `receive_row` tells, of two rows."""
-    return rings.with_notes(rings.make_ring(DTYPE, 4, ROWS, D, 1))
+def make_row_ring(DTYPE: gl.constexpr, AHEAD: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr):
+    """For queries of so many rows: a tile for each warpgroup, and what `receive_row` tells."""
+    return rings.with_notes(rings.make_ring(DTYPE, 2 * AHEAD, ROWS, D, 1))
 
 
 @gluon.jit

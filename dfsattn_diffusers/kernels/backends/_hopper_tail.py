@@ -36,6 +36,12 @@ def _columns(keys):
     return gl.BlockedLayout([1, keys // 8], [keys // 4, 128 // keys], [4, 1], [1, 0])
 
 
+@gluon.constexpr_function
+def each_key(keys):
+    """A layout of `[keys]`, as `load_bias` gives them."""
+    return gl.SliceLayout(1, _columns(keys))
+
+
 @gluon.jit
 def make_bias_tiles(DTYPE: gl.constexpr, KEYS: gl.constexpr):
     """Shared memory for a tile's bias as 16 columns that count as keys; one for each warpgroup."""
@@ -58,7 +64,7 @@ def load_bias(i, pools, scale_log2, KEYS: gl.constexpr):
     -inf for pools of kept blocks and behind the end; 0 for tiles of keys, which are before the 0th.
     """
     p_bits, p_bias, NUM_BLOCKS, PER_BLOCK = pools
-    o_pool = i * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, _columns(KEYS)))
+    o_pool = i * KEYS + gl.arange(0, KEYS, each_key(KEYS))
     o_block = o_pool // PER_BLOCK
     m_there = (o_pool >= 0) & (o_block < NUM_BLOCKS)
     b_bits = gl.load(p_bits + o_block // 8, mask=m_there, other=255).to(gl.int32)

@@ -96,7 +96,7 @@ def block_sparse_kernel(
     POOL: gl.constexpr,
 ):
     """Query blocks of all heads, which programs take from `rows` one by one."""
-    q_ring = make_row_ring(q.dtype, ROWS, D)
+    q_ring = make_row_ring(q.dtype, 2, ROWS, D)
     k_ring = rings.make_ring(q.dtype, STAGES, KEYS, D, 2)
     v_ring = rings.make_ring(q.dtype, STAGES, KEYS, D, 2)
     bias_tiles = tails.make_bias_tiles(q.dtype, KEYS if POOL > 0 else 8)  # never none at all
@@ -127,15 +127,11 @@ def block_sparse_kernel(
 
 def why_not(call: AttentionCall) -> str | None:
     """Reason why this kernel cannot do the call."""
-    reason = refused(call)
-    for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
-        if reason is None and not _can_describe(x):
-            return f"it needs {name}'s address and strides in multiples of 16 bytes"
-    return reason
+    return refused(call, q=call.q, k=call.k, v=call.v)
 
 
-def refused(call: AttentionCall) -> str | None:
-    """Why not, whatever the precision of the products."""
+def refused(call: AttentionCall, **read: Tensor) -> str | None:
+    """Why not, whatever the precision of the products; `read`: by the copy engine, as they are."""
     head_dim, block_map = call.q.shape[-1], call.block_map
     if not _is_hopper(call.q.device):
         return f"it needs a CUDA device of capability 9.0, got {capability(call.q.device)}"
@@ -147,6 +143,9 @@ def refused(call: AttentionCall) -> str | None:
             f"it needs query blocks of 128, key blocks of 64 or 128 and head dim 64 or 128, got "
             f"{blocks[0]}, {blocks[1]} and {head_dim}"
         )
+    for name, x in read.items():
+        if not _can_describe(x):
+            return f"it needs {name}'s address and strides in multiples of 16 bytes"
     return None
 
 
@@ -183,7 +182,8 @@ def _can_describe(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(0 < s < 2**40 and s % 16 == 0 for s in strides)
 
 
-def _describe(x: Tensor, rows: int) -> TensorDescriptor:
+def describe_rows(x: Tensor, rows: int) -> TensorDescriptor:
+    """For the copy engine: tiles of so many rows of `[B, H, N, D]`, which `refused` lets pass."""
     tile = [1, 1, rows, x.shape[-1]]
     layout = gl.NVMMASharedLayout.get_default_for(tile, _DTYPES[x.dtype])
     return TensorDescriptor(x, list(x.shape), _strides(x), tile, layout)
@@ -200,14 +200,14 @@ def forward(call: AttentionCall) -> None:
     device = torch.cuda.get_device_properties(call.q.device)
     with torch.cuda.device_of(call.q):
         block_sparse_kernel[min(num_work, device.multi_processor_count),](
-            _describe(call.q, QUERY_BLOCK // 2), _describe(call.k, key_block),
-            _describe(call.v, key_block), call.out, call.lse, block_map.by_count,
+            describe_rows(call.q, QUERY_BLOCK // 2), describe_rows(call.k, key_block),
+            describe_rows(call.v, key_block), call.out, call.lse, block_map.by_count,
             block_map.counts.new_zeros(1), block_map.counts.contiguous(),
             block_map.indices.contiguous(),
             None if key_lengths is None else key_lengths.contiguous(),
             order, order_stride,
-            None if tail is None else _describe(tail.keys, key_block),
-            None if tail is None else _describe(tail.values, key_block),
+            None if tail is None else describe_rows(tail.keys, key_block),
+            None if tail is None else describe_rows(tail.values, key_block),
             None if tail is None else tail.bias.contiguous(),
             None if tail is None else block_map.bits,
             call.scale * math.log2(math.e),

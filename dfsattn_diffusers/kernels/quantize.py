@@ -177,8 +177,8 @@ def scale_table(x: QuantizedKeys, pool_scales: Sequence[Tensor] = ()) -> Tensor:
         is below the head's largest by more than 40: in units of values that are too small to be
         seen, sums of others would leave float32.
     """
-    table = _rounding_for(x.k, x.k.shape[-1]).table_scales
-    return table(x.k_scales, x.v_scales, *(pool_scales or (None, None)))
+    merge = _rounding_for(x.k, x.k.shape[-1]).merge_scales
+    return merge(x.k_scales, x.v_scales, *(pool_scales or (None, None)))
 
 
 def _rounding_for(*args: Any) -> ModuleType:
@@ -238,7 +238,7 @@ def round_keys(
     return k8, v8.transpose(2, 3).contiguous(), k_scales, v_scales
 
 
-def table_scales(
+def merge_scales(
     k_scales: Tensor, v_scales: Tensor, pool_k_scales: Tensor | None, pool_v_scales: Tensor | None
 ) -> Tensor:
     """`scale_table` of blocks' scales and, behind them, of pools'."""

@@ -211,7 +211,7 @@ def _carry(p_x, stride_n, b_factor, b_rest, i_left, FIRST: tl.constexpr, D: tl.c
 
 
 @triton.jit(do_not_specialize=["N", "N_POOLS"])
-def table_kernel(k_scales, v_scales, pool_k_scales, pool_v_scales, out, N, N_POOLS,
+def merge_kernel(k_scales, v_scales, pool_k_scales, pool_v_scales, out, N, N_POOLS,
                  SIZE: tl.constexpr):
     """One head's scales; `SIZE` at least as many as there are."""
     i_bh = tl.program_id(0)
@@ -267,7 +267,7 @@ def round_keys(
     return k8, v8, k_scales, v_scales
 
 
-def table_scales(
+def merge_scales(
     k_scales: Tensor, v_scales: Tensor, pool_k_scales: Tensor | None, pool_v_scales: Tensor | None
 ) -> Tensor:
     """Of blocks and, behind them, of pools, `[B, H, n, 2]`: keys' scales, logarithms of values'."""
@@ -275,7 +275,7 @@ def table_scales(
     pools = 0 if pool_k_scales is None else pool_k_scales.shape[-1]
     out = k_scales.new_empty(*heads, blocks + pools, 2)
     with torch.cuda.device_of(k_scales):
-        table_kernel[heads[0] * heads[1],](
+        merge_kernel[heads[0] * heads[1],](
             k_scales, v_scales, pool_k_scales, pool_v_scales, out, blocks, pools,
             SIZE=triton.next_power_of_2(blocks + pools),
         )

@@ -199,6 +199,22 @@ def test_kernels_round_as_specified(
     torch.testing.assert_close(got.mean_logits, wanted.mean_logits, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("pools", [0, 5])
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernel_merges_scales_as_specified(device, pools):
+    """Two heads of 37 blocks and their pools; one head's values fade out of sight."""
+    scales = [torch.rand(1, 2, n, device=device) + 0.1 for n in (37, 37, pools, pools)]
+    scales[1][0, 1, 3:] *= 2.0**-60
+    if not pools:
+        scales[2:] = None, None
+    specified = sys.modules[quantize.__module__].merge_scales(*scales)
+    assert specified.shape == (1, 2, 37 + pools, 2)
+    kept = specified[..., 1].amax(-1) - specified[..., 1].amin(-1)
+    assert kept.tolist()[0][1] == 40 and kept.tolist()[0][0] < 4
+    torch.testing.assert_close(quantize_kernels.merge_scales(*scales), specified)
+
+
+
 @pytest.mark.parametrize("key_block", [64, 128])
 @pytest.mark.parametrize("precision", ROUNDING)
 @pytest.mark.parametrize("fused", [False, True])

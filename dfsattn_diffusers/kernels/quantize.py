@@ -93,7 +93,7 @@ def quantize(
         k, v, dtype, **keys: As of `quantize_keys`.
     """
     x = quantize_keys(k, v, dtype=dtype, **keys)
-    rounding = _rounding_for(q, query_block)
+    rounding = _rounding_for([q], query_block)
     q8, q_scales, mean_logits = rounding.round_queries(q, query_block, x.key_mean, dtype)
     return Quantized(**vars(x), q=q8, q_scales=q_scales, mean_logits=mean_logits)
 
@@ -132,7 +132,7 @@ def quantize_keys(
         FlashAttention-3, Shah et al., arXiv 2407.08608 (values with keys contiguous).
     """
     lengths = None if key_lengths is None else block_lengths(k, key_block, key_lengths)
-    rounding = _rounding_for(k, v, key_block)
+    rounding = _rounding_for([k, v], key_block)
     if key_mean is None:
         sums = rounding.sum_blocks(k, lengths, key_block).sum(2)
         key_mean = sums / _count_sampled(k.shape[2], key_block, lengths)
@@ -160,7 +160,7 @@ def quantize_pools(
     # An empty pool is 0 and no key: without the mean it would be the largest of its block.
     mean = x.key_mean[:, :, None].to(tail.keys.dtype)
     keys = torch.where((tail.bias == float("-inf"))[..., None], mean, tail.keys)
-    return _rounding_for(keys, tail.values, key_block).round_keys(
+    return _rounding_for([keys, tail.values], key_block).round_keys(
         keys, tail.values, key_block, None, x.key_mean, interleaved, x.k.dtype, x.carried
     )
 
@@ -177,18 +177,16 @@ def scale_table(x: QuantizedKeys, pool_scales: Sequence[Tensor] = ()) -> Tensor:
         is below the head's largest by more than 40: in units of values that are too small to be
         seen, sums of others would leave float32.
     """
-    merge = _rounding_for(x.k, x.k.shape[-1]).merge_scales
+    merge = _rounding_for([x.k]).merge_scales
     return merge(x.k_scales, x.v_scales, *(pool_scales or (None, None)))
 
 
-def _rounding_for(*args: Any) -> ModuleType:
+def _rounding_for(tensors: Sequence[Tensor], *blocks: int) -> ModuleType:
     """The Triton kernels where they serve, on GPUs that know e4m3, powers of two from 32 on.
 
-    Else this module, whose functions of the same names specify them. Args: tensors, then sizes of
-    blocks.
+    Else this module, whose functions of the same names specify them.
     """
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    like, blocks = tensors[0], args[len(tensors) :]
+    like = tensors[0]
     contiguous = all(x.stride(-1) == 1 for x in tensors)
     powers = all(size >= 32 and size & (size - 1) == 0 for size in (like.shape[-1], *blocks))
     old = like.is_cuda and torch.cuda.get_device_capability(like.device) < (8, 9)

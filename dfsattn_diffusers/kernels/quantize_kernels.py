@@ -271,11 +271,11 @@ def merge_scales(
     k_scales: Tensor, v_scales: Tensor, pool_k_scales: Tensor | None, pool_v_scales: Tensor | None
 ) -> Tensor:
     """Of blocks and, behind them, of pools, `[B, H, n, 2]`: keys' scales, logarithms of values'."""
-    *heads, blocks = k_scales.shape
+    batch, heads, blocks = k_scales.shape
     pools = 0 if pool_k_scales is None else pool_k_scales.shape[-1]
-    out = k_scales.new_empty(*heads, blocks + pools, 2)
+    out = k_scales.new_empty(batch, heads, blocks + pools, 2)
     with torch.cuda.device_of(k_scales):
-        merge_kernel[heads[0] * heads[1],](
+        merge_kernel[batch * heads,](
             k_scales, v_scales, pool_k_scales, pool_v_scales, out, blocks, pools,
             SIZE=triton.next_power_of_2(blocks + pools),
         )

@@ -214,7 +214,6 @@ def test_kernel_merges_scales_as_specified(device, pools):
     torch.testing.assert_close(quantize_kernels.merge_scales(*scales), specified)
 
 
-
 @pytest.mark.parametrize("key_block", [64, 128])
 @pytest.mark.parametrize("precision", ROUNDING)
 @pytest.mark.parametrize("fused", [False, True])

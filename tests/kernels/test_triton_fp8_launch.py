@@ -20,7 +20,7 @@ if not hasattr(backend, "SETTINGS"):
 @pytest.mark.parametrize("arch", sorted({arch for arch, _ in backend.SETTINGS}))
 def test_fits_the_gpu(arch):
     builds = built_by(__file__, arch)
-    assert len(builds) == 18
+    assert len(builds) == 19
     for build in builds:
         assert build["shared"] <= SHARED_MEMORY[arch], build
         assert build["spilled"] == 0, build
@@ -94,6 +94,10 @@ def builds(arch):
         yield compile_products(
             arch, kernels.carry_kernel, constants, types | dict(out="*i32"), head_dim // 32, 3
         )
+    scales = ("k_scales", "v_scales", "pool_k_scales", "pool_v_scales", "out")
+    yield compile_products(
+        arch, kernels.merge_kernel, dict(SIZE=2048), dict.fromkeys(scales, "*fp32"), 4, 3
+    )
 
 
 if __name__ == "__main__":

@@ -62,10 +62,10 @@ def _add(b_out, b_decay, b_product):
 
 @gluon.jit
 def _finish(v_ring, b_ones, b_packed, b_decay, b_out, b_sum, i):
-    """The output with the rings' i-th tile, the row's last one, and the sum of weights."""
+    """The output with the rings' i-th tile, and the sum of weights; nothing else is in flight."""
     OUT: gl.constexpr = b_out.type.layout
     b_operand = as_operand(b_packed, OUT)
-    b_part = start_sum(b_operand, b_ones.slice(0, b_operand.shape[1], dim=1))
+    b_part = start_sum(b_operand, b_ones)
     b_product = _multiply_values(b_operand, v_ring, i, OUT)
     # [ROWS, D]
     b_product, b_part = warpgroup_mma_wait(0, deps=[b_product, b_part])
@@ -102,7 +102,7 @@ def _step(b_q, k_ring, v_ring, b_ones, b_packed, b_decay, b_out, b_max, b_sum, i
         else:
             # Before any product starts, else ptxas lets none overlap.
             b_operand = as_operand(b_packed, OUT)
-            b_part = start_sum(b_operand, b_ones.slice(0, b_operand.shape[1], dim=1))
+            b_part = start_sum(b_operand, b_ones)
     b_s = multiply_keys(b_q, b_k.slice(0, KEYS), LOGITS)
     if TWO:
         # Triton 3.9 gives each product weights in registers of its own: not both at a time.

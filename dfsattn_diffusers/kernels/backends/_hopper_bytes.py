@@ -93,7 +93,6 @@ _EXCESS = gl.constexpr(0.0575)
 # Code 0 is at 2^-7, but for that excess.
 ORIGIN = gl.constexpr(7 - 0.0575)
 
-
 _SMALLEST = gl.constexpr(SMALLEST)
 _E4M3, _INT8 = (gl.constexpr(LARGEST[kind]) for kind in (torch.float8_e4m3fn, torch.int8))
 
@@ -292,6 +291,7 @@ def start_sum(b_p, b_ones):
     """
     ROWS: gl.constexpr = b_p.shape[0]
     SUMS: gl.constexpr = _sums_layout()
+    b_ones = b_ones.slice(0, b_p.shape[1], dim=1)
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=4)
     b_p = gl.convert_layout(b_p, LEFT, assert_trivial=True)
     b_zero = gl.zeros([ROWS, 8], gl.float32, SUMS)

@@ -1,7 +1,8 @@
 """Warp-specialised Gluon kernel in 8 bits for sm90: `gluon_hopper` with 8-bit operands.
 
-Chosen by `precision="fp8"` or "int8". `quantize` says what is rounded and how; it orders values so
-that weights go from one product's registers to the other's without being moved.
+Chosen by `precision="fp8"` or "int8". `quantize` says what is rounded and how; queries are rounded
+here, by the warpgroup that reads them. Values are ordered so that weights go from one product's
+registers to the other's without being moved.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 NAME = "gluon_fp8"
 PRECISIONS = ("fp8", "int8")
 _KINDS = {torch.float8_e4m3fn: gl.float8e4nv, torch.int8: gl.int8}
-
 
 # Slots of the rings of key and of value blocks, by head dim and key block.
 NUM_STAGES = {(128, 128): 4, (128, 64): 8, (64, 128): 8, (64, 64): 8}
@@ -60,13 +60,14 @@ def _consume(
         p_scales = scales + i_bh.to(gl.int64) * (2 * NUM_SCALES)
         b_q = q_tiles.index(W)
         b_q_scale = round_queries(b_wide, b_q) * (scale * 1.4426950408889634)
-        # [ROWS]
         if WITH_LSE:
+            # [ROWS]
             b_mean_logits = multiply_vector(b_wide, key_mean + i_bh * D)
             b_mean_logits = gl.convert_layout(b_mean_logits, gl.SliceLayout(1, LOGITS))
         # The loading warp may fetch the next row's.
         rings.release(q_ring, i_queries)
         i_queries += 2
+        # [ROWS]
         b_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
         # [ROWS, 4]
         b_sum = no_sum(ROWS)

@@ -123,7 +123,7 @@ def test_fits_the_gpu():
         by_tile = 2 if head_dim == key_block == 128 and everything else 0
         if precision == "int8" and pool and head_dim == 128:
             # 64 logits of 32 bits, 64 outputs, and all that can be asked for.
-            spilled, by_tile = 256, 5
+            spilled, by_tile = 256, 9
         assert build["spilled"] <= spilled, build
         assert len(build["spilled_by_tile"]) <= by_tile, build
         # Else the request for more registers was dropped in silence.

@@ -9,7 +9,9 @@ from ._hopper_bytes import (
     ORIGIN,
     add_sum,
     as_operand,
+    codes_of,
     pack,
+    pack_codes,
     peak,
     scale_and_hide,
     start_sum,
@@ -27,18 +29,15 @@ def _scales_at(i_block, scales, NUM_SCALES):
 
 
 @gluon.jit
-def _weigh(b_s, b_max, b_new, b_sum, b_scale, b_ratio, MASKED: gl.constexpr):
-    """Weights, packed; the sum of those before, and a factor for their output.
+def _shift(b_max, MASKED: gl.constexpr):
+    """What weights are relative to: a row's maximum so far, if it has any key."""
+    return gl.where(b_max == float("-inf"), 0.0, b_max) if MASKED else b_max
 
-    The output is a multiple of its last value block's scale. `b_ratio`: of that of the block before
-    to that of this one.
-    """
-    # [ROWS]
-    b_shift = gl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
-    b_decay = gl.exp2(b_max - b_shift)
-    # Weights reach 256 of e4m3's 448, a power of two that cancels against their sum.
-    b_packed = pack(b_s, b_scale * OCTAVE, ((8.0 + ORIGIN) - b_shift) * OCTAVE)
-    return b_packed, times_rows(b_sum, b_decay), b_decay * b_ratio
+
+@gluon.jit
+def _level(b_max, MASKED: gl.constexpr):
+    """Of codes. Weights reach 256 of e4m3's 448, a power of two that cancels against their sum."""
+    return ((8.0 + ORIGIN) - _shift(b_max, MASKED)) * OCTAVE
 
 
 @gluon.jit
@@ -82,7 +81,8 @@ def _step(b_q, k_ring, v_ring, b_ones, b_packed, b_decay, b_out, b_max, b_sum, i
         b_packed, b_decay: Weights of the tile before, not yet multiplied by values, and the factor
             for the output before them; None at the row's first tile.
         m_more: Whether the row has another tile.
-        b_scale, b_ratio: Of logits in base 2; as of `_weigh`.
+        b_scale, b_ratio: Of logits in base 2; of the scale of the values before to that of these,
+            since the output is a multiple of its last values' scale.
         b_bias_tile, b_next_bias: Bias of these logits, None for whole blocks; what to put there for
             the next tile, None of the last.
     """
@@ -90,8 +90,9 @@ def _step(b_q, k_ring, v_ring, b_ones, b_packed, b_decay, b_out, b_max, b_sum, i
     EACH_ROW: gl.constexpr = b_max.type.layout
     OUT: gl.constexpr = b_out.type.layout
     MASKED: gl.constexpr = b_bias_tile is not None
+    WIDE: gl.constexpr = b_q.dtype == gl.int8
     # Logits of 32 bits with a bias leave no registers for another product.
-    ALONE: gl.constexpr = MASKED and b_q.dtype == gl.int8
+    ALONE: gl.constexpr = MASKED and WIDE
     TWO: gl.constexpr = b_packed is not None and not ALONE
     if b_packed is None:
         b_k = rings.receive(k_ring, i)
@@ -118,6 +119,9 @@ def _step(b_q, k_ring, v_ring, b_ones, b_packed, b_decay, b_out, b_max, b_sum, i
     b_peak = gl.convert_layout(peak(b_s, b_scale), b_max.type.layout, assert_trivial=True)
     # The running maximum, or what is near it.
     b_new = gl.maximum(b_max, b_peak)
+    if WIDE:
+        # Beside the product. Halves are half as many, and had to wait for their row's maximum.
+        b_s = codes_of(b_s, b_scale * OCTAVE, _level(b_new, MASKED))
     if b_next_bias is not None:
         b_bias_tile.store(b_next_bias)
     # ptxas does not move the wait for the product across this branch and its loop.
@@ -130,7 +134,10 @@ def _step(b_q, k_ring, v_ring, b_ones, b_packed, b_decay, b_out, b_max, b_sum, i
     if TWO:
         rings.release(v_ring, i - 1)
         b_out = _add(b_out, b_decay, b_product)
-    b_packed, b_sum, b_decay = _weigh(b_s, b_max, b_new, b_sum, b_scale, b_ratio, MASKED)
+    b_packed = pack_codes(b_s) if WIDE else pack(b_s, b_scale * OCTAVE, _level(b_new, MASKED))
+    b_decay = gl.exp2(b_max - _shift(b_new, MASKED))
+    b_sum = times_rows(b_sum, b_decay)
+    b_decay *= b_ratio
     b_max = gl.convert_layout(b_new, EACH_ROW, assert_trivial=True)
     b_decay = gl.convert_layout(b_decay, EACH_ROW, assert_trivial=True)
     return b_packed, b_decay, b_out, b_max, b_sum
@@ -186,13 +193,13 @@ def attend(b_q, k_ring, v_ring, b_ones, b_bias_tile, b_out, b_max, b_sum, i_tile
             b_scale, 1.0, None, None, TILE,
         )
         b_scale = b_q_scale * b_next_scale
-        for i in range(i_tile + 1, i_tile + i_whole):
+        for i in range(1, i_whole):
             # Scales one step ahead, and two steps the index that they wait for.
             b_later_scale, b_later_log = _scales_at(i_block, scales, NUM_SCALES)
-            i_block = block_at(p_blocks, i - i_tile + 2, i_listed)
+            i_block = block_at(p_blocks, i + 2, i_listed)
             b_packed, b_decay, b_out, b_max, b_sum = _step(
-                b_q, k_ring, v_ring, b_ones, b_packed, b_decay, b_out, b_max, b_sum, i,
-                i + 1 < i_tile + i_end, b_scale, gl.exp2(b_log - b_next_log), None, None, TILE,
+                b_q, k_ring, v_ring, b_ones, b_packed, b_decay, b_out, b_max, b_sum, i_tile + i,
+                i + 1 < i_end, b_scale, gl.exp2(b_log - b_next_log), None, None, TILE,
             )
             b_scale = b_q_scale * b_later_scale
             b_log, b_next_log = b_next_log, b_later_log

@@ -227,26 +227,34 @@ def peak(b_s, b_scale):
 
 
 @gluon.jit
+def codes_of(b_s, b_factor, b_level):
+    """Codes of weights by logits of 32 bits, for `pack_codes` to round; arguments as of `pack`."""
+    return b_s.to(gl.float32) * b_factor + b_level[:, None]
+
+
+@gluon.jit
+def pack_codes(b_codes):
+    """As `pack`, of codes in float32."""
+    b_0, b_1, b_2, b_3 = _in_fours(b_codes)
+    return _registers(_TO_CODES, "=r,r,r,r,r", [b_0, b_1, b_2, b_3])
+
+
+@gluon.jit
 def pack(b_s, b_factor, b_level):
     """e4m3 of weights, four to an int32: `[ROWS, KEYS // 16, 4]`; 0 from 2^-7 down.
 
     Four bytes of their own would be unpacked and packed again from one loop step to the next.
 
     Args:
-        b_s: Logits `[ROWS, KEYS]`. `b_s * b_factor + b_level`, of which the last is `[ROWS]`, is to
-            be `OCTAVE * (ORIGIN + log2(weight))`, of weights up to 256. For float16, levels must be
-            multiples of 2^-24.
+        b_s: Logits `[ROWS, KEYS]` in float16. `b_s * b_factor + b_level`, of which the last is
+            `[ROWS]` and a multiple of 2^-24, is to be `OCTAVE * (ORIGIN + log2(weight))`, of
+            weights up to 256.
     """
-    if b_s.dtype == gl.float16:
-        b_0, b_1, b_2, b_3 = _in_fours(b_s)
-        ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, b_0.type.layout))
-        b_level = gl.convert_layout(_twice(b_level), ROW, assert_trivial=True)[:, None, None]
-        args = [b_0, b_1, b_2, b_3, _twice(b_factor), b_level]
-        b_packed = _registers(_HALVES_TO_CODES, "=r,h,h,h,h,r,r", args)
-    else:
-        b_0, b_1, b_2, b_3 = _in_fours(b_s.to(gl.float32) * b_factor + b_level[:, None])
-        b_packed = _registers(_TO_CODES, "=r,r,r,r,r", [b_0, b_1, b_2, b_3])
-    return b_packed
+    b_0, b_1, b_2, b_3 = _in_fours(b_s)
+    ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, b_0.type.layout))
+    b_level = gl.convert_layout(_twice(b_level), ROW, assert_trivial=True)[:, None, None]
+    args = [b_0, b_1, b_2, b_3, _twice(b_factor), b_level]
+    return _registers(_HALVES_TO_CODES, "=r,h,h,h,h,r,r", args)
 
 
 @gluon.jit

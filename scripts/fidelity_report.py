@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from html import escape
+from itertools import product
 from statistics import mean
 
 import torch
@@ -10,6 +11,7 @@ import torch
 RESAMPLES = 10_000
 PLOT, LEGEND = 500, 320  # widths
 COLOURS = {"ours": "#1f77b4", "rival": "#d62728", "paper": "#2ca02c"}
+IN_8_BITS = ("int8", "fp8", "fp8 but corrections")
 HEADER = ["variant", "cost", "PSNR", "worst", "SSIM", "to the paper", "recall"]
 
 
@@ -70,6 +72,25 @@ def interval(values):
     chosen = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
     means = values[chosen].mean(1)
     return tuple(means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
+
+
+def losses_in_8_bits(data):
+    """Header and rows: how 8 bits change the PSNR of a preset, by witness and grid."""
+    lines, places = {}, {}
+    for place, runs in groups(data).items():
+        by_name = {run["variant"]: run for run in runs}
+        for name, bits in product(by_name, IN_8_BITS):
+            if f"{name}, {bits}" in by_name:
+                witness, grid = place
+                places[place] = f"{witness}, {' x '.join(map(str, grid))}"
+                difference = _difference(by_name[f"{name}, {bits}"], by_name[name])
+                lines.setdefault((name, bits), {})[place] = difference
+    rows = [
+        [f"`{name.removeprefix('preset ')}`", bits, *(line.get(place, "-") for place in places)]
+        for (name, bits), line in lines.items()
+        if name.startswith("preset ")
+    ]
+    return ["preset", "8 bits", *places.values()], rows
 
 
 def title_of(witness, grid, runs):

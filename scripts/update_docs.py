@@ -13,7 +13,15 @@ from pathlib import Path
 from statistics import mean
 
 import model_report
-from fidelity_report import HEADER, drawing, groups, rows_of, title_of, usual_steps
+from fidelity_report import (
+    HEADER,
+    drawing,
+    groups,
+    losses_in_8_bits,
+    rows_of,
+    title_of,
+    usual_steps,
+)
 
 from dfsattn_diffusers import list_presets
 from dfsattn_diffusers.configs import resolve_config
@@ -210,6 +218,10 @@ def fidelity():
     return "\n\n".join([about, *panels])
 
 
+def bits():
+    return markdown(*losses_in_8_bits(fidelity_data()))
+
+
 def trials():
     """A line for each idea and baseline, a column for each witness."""
     data = json.loads((ROOT / "benchmarks" / "trials.json").read_text())
@@ -263,7 +275,7 @@ TABLES = {
         "kernels": kernels, "tail": tail, "prologue": prologue, "models": models,
         "profile": profile,
     },
-    "docs/fidelity.md": {"fidelity": fidelity, "trials": trials},
+    "docs/fidelity.md": {"fidelity": fidelity, "bits": bits, "trials": trials},
 }
 DRAWING = "docs/fidelity.svg"
 

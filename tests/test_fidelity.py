@@ -218,6 +218,28 @@ def test_paired_differences():
     )
 
 
+def test_losses_in_8_bits_are_paired_with_the_preset():
+    def run(name, witness, *values):
+        cases = [dict(psnr=value) for value in values]
+        return dict(variant=name, witness=witness, grid=[4, 8, 12], config={}, cases=cases)
+
+    runs = [
+        run("preset turbo", "wan", 30.0, 34.0),
+        run("preset turbo, fp8 but corrections", "wan", 29.0, 31.0),
+        run("preset turbo", "cogvideox", 30.0),
+        run("preset turbo, int8", "cogvideox", 29.5),
+        run("dense", "wan", 40.0),
+        run("dense, int8", "wan", 39.0),
+        run("preset fast, int8", "wan", 39.0),
+    ]
+    header, rows = fidelity_report.losses_in_8_bits(dict(runs=runs))
+    assert header == ["preset", "8 bits", "wan, 4 x 8 x 12", "cogvideox, 4 x 8 x 12"]
+    assert rows == [
+        ["`turbo`", "fp8 but corrections", "-2.00 [-3.00, -1.00]", "-"],
+        ["`turbo`", "int8", "-", "-0.50 [-0.50, -0.50]"],
+    ]
+
+
 def test_the_document_follows_the_data(measured, tmp_path, monkeypatch):
     _, data = measured
     monkeypatch.setattr(update_docs, "ROOT", tmp_path)

@@ -1,4 +1,6 @@
-"""Time the prologue beside a device copy of the same bytes and eager torch, on one CUDA GPU.
+"""Time what comes before attention beside a device copy of the same bytes, on one CUDA GPU.
+
+That is the prologue, beside eager torch too, and how keys and values are rounded to 8 bits.
 
 Times are the GPU's alone: every call, a copy too, is queued behind other work, which outlasts what
 the host does to launch it and leaves nothing of the inputs in the cache. Values are random and new
@@ -25,6 +27,7 @@ from dfsattn_diffusers.kernels.prologue import (
     prepare_qkv,
     reference,
 )
+from dfsattn_diffusers.kernels.quantize import ROUNDING, quantize_keys
 from dfsattn_diffusers.layout import TokenGeometry, TokenLayout
 
 BLOCK, TILE = 128, 16
@@ -50,6 +53,8 @@ SHAPES = {
     "hunyuan-720p-single": Shape((33, 45, 80), 256, 24, 128, "rms"),
     "cogvideox": Shape((13, 30, 45), 226, 48, 64, "layer", text_first=True),
 }
+# How keys and values are rounded, by variant.
+ROUNDED = {f"keys and values, {precision}": precision for precision in ROUNDING}
 # Ragged and small, for the first check.
 SMALL_GRID, SMALL_TEXT = (3, 5, 7), 9
 
@@ -141,6 +146,18 @@ def check(name, problem, call, arguments):
             )
 
 
+def check_rounding(name, k, v, out, options):
+    """Exit unless the first head is what the specification in torch makes of it, but for ties."""
+    k, v, key_mean = (x[:, :1].cpu() for x in (k, v, out.key_mean))
+    want = quantize_keys(k, v, key_mean=key_mean, **options)
+    for part in ("k", "v"):
+        got, codes = (getattr(x, part)[:, :1].cpu().view(torch.uint8) for x in (out, want))
+        scales = (getattr(x, f"{part}_scales")[:, :1].cpu() for x in (out, want))
+        same = (got == codes).float().mean()
+        if same < 0.99 or not torch.allclose(*scales):
+            sys.exit(f"{name} is wrong in {part}: {same:.2%} of the codes; nothing was timed")
+
+
 def moved_bytes(problem, arguments, out):
     """Bytes that have to be read and written once."""
     inputs = [x for stream in problem.streams for x in (stream.q, stream.k, stream.v)]
@@ -159,19 +176,36 @@ def copy_ms(count, iterations):
     return device_ms(lambda: target.copy_(source), iterations)
 
 
+def jobs(problem, shape, variant, calls):
+    """Bytes to be moved, a kernel's name and a call of it, for each kernel, which is right."""
+    if variant in ROUNDED:
+        out = ours(problem.streams, **problem.variant("curve order"))
+        k, v = out.k, out.v
+        options = dict(key_block=BLOCK, interleaved=True) | ROUNDING[ROUNDED[variant]]
+        out = quantize_keys(k, v, **options)
+        check_rounding(f"{variant}, {shape}", k, v, out, options)
+        count = sum(x.nbytes for x in (k, v, out.k, out.v, out.k_scales, out.v_scales))
+        del out
+        yield count, "ours", partial(quantize_keys, k, v, **options)
+        return
+    arguments = problem.variant(variant)
+    out = ours(problem.streams, **arguments)
+    count = moved_bytes(problem, arguments, out)
+    del out
+    for name, call in calls.items():
+        if call is not eager:
+            check(f"{name}, {variant}, {shape}", problem, call, arguments)
+        yield count, name, partial(call, problem.streams, **arguments)
+
+
 def benchmark(shape, args, rows):
     """Add the rows of one shape."""
     problem = Problem(SHAPES[shape], args.dtype)
     for variant in args.variants:
-        arguments = problem.variant(variant)
-        out = ours(problem.streams, **arguments)
-        count = moved_bytes(problem, arguments, out)
-        del out
-        copy = copy_ms(count, args.iters)
-        for name, call in args.calls.items():
-            if call is not eager:
-                check(f"{name}, {variant}, {shape}", problem, call, arguments)
-            ms = device_ms(partial(call, problem.streams, **arguments), args.iters)
+        copy = None
+        for count, name, call in jobs(problem, shape, variant, args.calls):
+            copy = copy or copy_ms(count, args.iters)
+            ms = device_ms(call, args.iters)
             rows.add(
                 dict(shape=shape, variant=variant, kernel=name, ms=ms, copy_ms=copy,
                      gb_per_s=count / ms / 1e6, share_of_copy=copy / ms)
@@ -211,7 +245,8 @@ def launch_settings(text):
 
 def main(argv=None):
     variants = [
-        "curve order", "curve order and tiles", "tiles alone", "order by head", "model order"
+        "curve order", "curve order and tiles", "tiles alone", "order by head", "model order",
+        *ROUNDED,
     ]  # fmt: skip
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -240,9 +275,9 @@ def main(argv=None):
         for name, shape in SHAPES.items():
             text = SMALL_TEXT if shape.text_tokens else 0
             small = Problem(replace(shape, grid=SMALL_GRID, text_tokens=text), args.dtype)
-            for kernel, call in args.calls.items():
-                for variant in variants:
-                    check(f"{kernel}, {variant}, small {name}", small, call, small.variant(variant))
+            for variant in variants:
+                for _ in jobs(small, f"small {name}", variant, args.calls):
+                    pass
     if args.eager:
         args.calls["eager torch"] = eager
 

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -273,7 +274,7 @@ def test_prologue_rows_outlive_a_failure_and_the_fastest_is_named(
     stubs = dict(
         about=lambda **more: dict.fromkeys(MACHINE, "1") | more, device_ms=device_ms,
         Problem=Problem, ours=lambda streams: None, check=lambda *args: None,
-        moved_bytes=lambda *args: 10**6, copy_ms=lambda *args: 0.5,
+        moved_bytes=lambda *args: 10**6, copy_ms=lambda *args: 0.5, ROUNDED={},
     )
     for name, stub in stubs.items():
         monkeypatch.setattr(module, name, stub)
@@ -295,6 +296,35 @@ def test_prologue_rows_outlive_a_failure_and_the_fastest_is_named(
             "| wan-720p | curve order | ours, 16,2,2048,4 | 3.000 |",
             "| cogvideox | curve order | ours | 1.000 |",
         ]
+
+
+@pytest.mark.parametrize("part", [None, "k", "v", "v_scales"])
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_a_wrong_rounding_is_not_timed(load, monkeypatch, precision, part):
+    module = load("benchmark_prologue")
+    k, v = torch.randn(2, 1, 2, 200, 64)
+    prepared = module.Prepared(None, k, v)
+    monkeypatch.setattr(module, "ours", lambda streams, **arguments: prepared)
+    right = module.quantize_keys
+
+    def rounded(k, v, key_mean=None, **options):
+        out = right(k, v, key_mean=key_mean, **options)
+        if part is not None and key_mean is None:
+            wrong = getattr(out, part).float() * -1.01
+            out = replace(out, **{part: wrong.to(getattr(out, part).dtype)})
+        return out
+
+    monkeypatch.setattr(module, "quantize_keys", rounded)
+    problem = SimpleNamespace(streams=(), variant=lambda name: {})
+    jobs = module.jobs(problem, "small", f"keys and values, {precision}", {})
+    if part is not None:
+        with pytest.raises(SystemExit, match=f"{precision}, small is wrong in {part[0]}: "):
+            list(jobs)
+        return
+    ((count, name, call),) = jobs
+    assert name == "ours" and call().v.shape == (1, 2, 64, 256)
+    slots = 2 * 256
+    assert count == k.nbytes + v.nbytes + 2 * slots * 64 + 2 * 4 * slots // 128
 
 
 def test_the_documents_have_a_line_for_each_problem(load):

@@ -7,11 +7,11 @@ from itertools import product
 from statistics import mean
 
 import torch
+from benchmark_tools import CHANGES
 
 RESAMPLES = 10_000
 PLOT, LEGEND = 500, 320  # widths
 COLOURS = {"ours": "#1f77b4", "rival": "#d62728", "paper": "#2ca02c"}
-IN_8_BITS = ("int8", "fp8", "fp8 but corrections")
 HEADER = ["variant", "cost", "PSNR", "worst", "SSIM", "to the paper", "recall"]
 
 
@@ -79,25 +79,27 @@ def losses_in_8_bits(data):
     lines, places = {}, {}
     for place, runs in groups(data).items():
         by_name = {run["variant"]: run for run in runs}
-        for name, bits in product(by_name, IN_8_BITS):
-            if f"{name}, {bits}" in by_name:
-                witness, grid = place
-                places[place] = f"{witness}, {' x '.join(map(str, grid))}"
-                difference = _difference(by_name[f"{name}, {bits}"], by_name[name])
-                lines.setdefault((name, bits), {})[place] = difference
+        presets = [name for name in by_name if name.startswith("preset ")]
+        for name, bits in product(presets, CHANGES):
+            if changed := by_name.get(f"{name}, {bits}"):
+                places[place] = _place(*place)
+                lines.setdefault((name, bits), {})[place] = _difference(changed, by_name[name])
     rows = [
         [f"`{name.removeprefix('preset ')}`", bits, *(line.get(place, "-") for place in places)]
         for (name, bits), line in lines.items()
-        if name.startswith("preset ")
     ]
     return ["preset", "8 bits", *places.values()], rows
+
+
+def _place(witness, grid):
+    return f"{witness}, {' x '.join(map(str, grid))}"
 
 
 def title_of(witness, grid, runs):
     tokens = grid[0] * grid[1] * grid[2]
     cases = {len(run["cases"]) for run in runs}
     count = f"{min(cases)} to {max(cases)}" if len(cases) > 1 else f"{max(cases)}"
-    return f"{witness}, {' x '.join(map(str, grid))} = {tokens:,} tokens, {count} cases"
+    return f"{_place(witness, grid)} = {tokens:,} tokens, {count} cases"
 
 
 def print_table(data):

@@ -81,7 +81,7 @@ def residuals_of(config):
 
 def preset_psnr():
     """Mean over the cases of the largest grid of the package's tiny Wan, by preset as it is now."""
-    runs = [run for run in (fidelity_data() or {"runs": []})["runs"] if run["witness"] == "wan"]
+    runs = [run for run in fidelity_data()["runs"] if run["witness"] == "wan"]
     largest = max((prod(run["grid"]) for run in runs), default=0)
     measured = {}
     for run in runs:
@@ -195,12 +195,12 @@ def prologue():
 
 def fidelity_data():
     path = ROOT / "benchmarks" / "fidelity.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text()) if path.exists() else {"runs": []}
 
 
 def fidelity():
     data = fidelity_data()
-    if data is None or not groups(data):
+    if not groups(data):
         return "Not measured yet: there is no `benchmarks/fidelity.json`."
     machine, settings = data["machine"], data["settings"]
     about = (
@@ -295,7 +295,7 @@ def main():
     parser.add_argument("--check", action="store_true", help="change nothing, fail on differences")
     args = parser.parse_args()
     paths = list(TABLES)
-    if fidelity_data() is not None:
+    if fidelity_data()["runs"]:
         paths.append(DRAWING)
     for path in paths:
         old = (ROOT / path).read_text() if (ROOT / path).exists() else ""

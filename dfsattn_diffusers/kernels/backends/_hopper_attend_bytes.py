@@ -120,7 +120,7 @@ def _step(b_q, k_ring, v_ring, b_ones, b_packed, b_decay, b_out, b_max, b_sum, i
     # The running maximum, or what is near it.
     b_new = gl.maximum(b_max, b_peak)
     if WIDE:
-        # Beside the product. Halves are half as many, and had to wait for their row's maximum.
+        # While values are multiplied. Halves, half the work, would wait longer for the maximum.
         b_s = codes_of(b_s, b_scale * OCTAVE, _level(b_new, MASKED))
     if b_next_bias is not None:
         b_bias_tile.store(b_next_bias)

@@ -264,6 +264,16 @@ def only_empty_blocks(p: Problem) -> Problem:
     return p
 
 
+def beside_an_empty_block(p: Problem) -> Problem:
+    """Logits far below 0, and a block whose keys, of which there are none, would have 0."""
+    q, k = p.q + 3, p.k + 3
+    k[:, :, : p.key_block] -= 6
+    p = segments(replace(p, q=q, k=k))
+    p.mask[..., 1:-1] = False
+    p.mask[..., [0, -1]] = True
+    return p
+
+
 def strided(p: Problem) -> Problem:
     """`[B, N, H, D]` in memory, as models have it; k and v are parts of one tensor."""
     q = p.q.transpose(1, 2).contiguous().transpose(1, 2)
@@ -277,7 +287,7 @@ def other_scale(p: Problem) -> Problem:
 
 NASTY = [
     large_logits, one_hot_rows, single_blocks, all_blocks, some_full_rows, empty_rows, segments,
-    unsure_segments, only_empty_blocks, strided, other_scale,
+    unsure_segments, only_empty_blocks, beside_an_empty_block, strided, other_scale,
 ]
 
 

@@ -4,6 +4,7 @@ Layouts, registers and the copy engine's own rules are for the GPU to show.
 """
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from gluon_emulator import emulated
 from kernel_cases import NASTY, check_order, problem, segments, some_full_rows
 from test_gluon_emulated import BACKENDS, MODULES, with_stages
 from test_tail import tail_of
-from test_triton_fp8 import check_fp8, nearest_logarithm
+from test_triton_fp8 import check_fp8, nearest_logarithm, truth
 
 from dfsattn_diffusers.kernels import api
 from dfsattn_diffusers.kernels.quantize import ROUNDING
@@ -80,12 +81,28 @@ def test_tail(backend, monkeypatch, pool, head_dim, key_block, num_keys, precisi
     check(p, precision, tail_of(p, pool, True))
 
 
+@pytest.mark.parametrize("precision", ROUNDING)
 @pytest.mark.parametrize("change", [segments, some_full_rows], ids=lambda change: change.__name__)
-def test_tail_of_short_blocks(backend, monkeypatch, change):
+def test_tail_of_short_blocks(backend, monkeypatch, change, precision):
     monkeypatch.setattr(api, "add_tail", None)
     p = change(problem(dtype=torch.float16, num_queries=400, num_keys=1300, heads=1, density=0.4))
     p.mask[:, 0, 1] = False
-    check(p, tail=tail_of(p, 32, False))
+    check(p, precision, tail_of(p, 32, False))
+
+
+@pytest.mark.parametrize("precision", ROUNDING)
+@pytest.mark.parametrize("size", [0, 2.0**-40, 2.0**-20, 2.0**-8])
+def test_tail_of_faint_queries(backend, monkeypatch, size, precision):
+    """The bias of a pool, or of padding, is beyond all multiples of such a scale of logits."""
+    monkeypatch.setattr(api, "add_tail", None)
+    p = problem(dtype=torch.bfloat16, num_queries=300, num_keys=1300, heads=1, density=0.4)
+    p = segments(replace(p, q=p.q * size, v=p.v + 1))
+    tail = tail_of(p, 32, False)
+    out, lse = p.run("gluon_fp8", tail=tail, return_lse=True, precision=precision)
+    exact_out, exact_lse = truth(p, tail)
+    assert (out - exact_out).norm() < 0.01 * exact_out.norm()
+    # By so much a straight line between powers of two may exceed the exponential, or it this.
+    assert (lse - exact_lse).abs().max() < 0.06
 
 
 def test_value_blocks_of_other_sizes(backend):

@@ -10,6 +10,9 @@ from ._hopper_bytes import (
     add_sum,
     as_operand,
     codes_of,
+    hide,
+    in_sums,
+    not_finer,
     pack,
     pack_codes,
     peak,
@@ -22,8 +25,9 @@ from ._hopper_rows import block_at, multiply_keys, real_keys
 
 
 @gluon.jit
-def _scales_at(i_block, scales, NUM_SCALES):
+def _scales_at(i_block, table):
     """Scale of a block's keys, logarithm of its values' scale; of any block beyond the last."""
+    scales, NUM_SCALES = table[0], table[2]
     p_scales = scales + 2 * gl.minimum(i_block, NUM_SCALES - 1)
     return gl.load(p_scales), gl.load(p_scales + 1)
 
@@ -83,28 +87,27 @@ def _step(b_q, k_ring, v_ring, b_ones, b_packed, b_decay, b_out, b_max, b_sum, i
         m_more: Whether the row has another tile.
         b_scale, b_ratio: Of logits in base 2; of the scale of the values before to that of these,
             since the output is a multiple of its last values' scale.
-        b_bias_tile, b_next_bias: Bias of these logits, None for whole blocks; what to put there for
-            the next tile, None of the last.
+        b_bias_tile, b_next_bias: Bias of these logits, of `_bias_of`, None for whole blocks; what
+            to put there for the next tile, None of the last.
     """
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
     EACH_ROW: gl.constexpr = b_max.type.layout
     OUT: gl.constexpr = b_out.type.layout
     MASKED: gl.constexpr = b_bias_tile is not None
     WIDE: gl.constexpr = b_q.dtype == gl.int8
-    # Logits of 32 bits with a bias leave no registers for another product.
-    ALONE: gl.constexpr = MASKED and WIDE
-    TWO: gl.constexpr = b_packed is not None and not ALONE
-    if b_packed is None:
-        b_k = rings.receive(k_ring, i)
-    else:
+    TWO: gl.constexpr = b_packed is not None
+    b_first = None
+    if MASKED and WIDE:
+        b_scale = not_finer(b_scale)
+        b_first = b_bias_tile.slice(0, KEYS).load(gl.SliceLayout(0, LOGITS))
+    if TWO:
         b_k = rings.slot(k_ring, i)
-        if ALONE:
-            b_out, b_sum = _finish(v_ring, b_ones, b_packed, b_decay, b_out, b_sum, i - 1)
-        else:
-            # Before any product starts, else ptxas lets none overlap.
-            b_operand = as_operand(b_packed, OUT)
-            b_part = start_sum(b_operand, b_ones)
-    b_s = multiply_keys(b_q, b_k.slice(0, KEYS), LOGITS)
+        # Before any product starts, else ptxas lets none overlap.
+        b_operand = as_operand(b_packed, OUT)
+        b_part = start_sum(b_operand, b_ones)
+    else:
+        b_k = rings.receive(k_ring, i)
+    b_s = multiply_keys(b_q, b_k.slice(0, KEYS), LOGITS, b_first)
     if TWO:
         # Triton 3.9 gives each product weights in registers of its own: not both at a time.
         b_part = warpgroup_mma_wait(1, deps=[b_part])
@@ -112,16 +115,22 @@ def _step(b_q, k_ring, v_ring, b_ones, b_packed, b_decay, b_out, b_max, b_sum, i
         b_product = _multiply_values(b_operand, v_ring, i - 1, OUT)
     b_s = warpgroup_mma_wait(1 if TWO else 0, deps=[b_s])
     b_max = gl.convert_layout(b_max, gl.SliceLayout(1, LOGITS), assert_trivial=True)
-    if MASKED:
+    if MASKED and not WIDE:
         b_bias = b_bias_tile.slice(0, KEYS).load(gl.SliceLayout(0, LOGITS))
         b_s = scale_and_hide(b_s, b_scale, b_bias)
         b_scale = 1.0
     b_peak = gl.convert_layout(peak(b_s, b_scale), b_max.type.layout, assert_trivial=True)
+    if MASKED and WIDE:
+        b_peak = hide(b_peak, b_scale)
     # The running maximum, or what is near it.
     b_new = gl.maximum(b_max, b_peak)
+    b_level = _level(b_new, MASKED)
     if WIDE:
+        if MASKED:
+            # What stands for -inf may be above a maximum of another scale.
+            b_level = gl.where(b_peak == float("-inf"), -1.0, b_level)
         # While values are multiplied. Halves, half the work, would wait longer for the maximum.
-        b_s = codes_of(b_s, b_scale * OCTAVE, _level(b_new, MASKED))
+        b_s = codes_of(b_s, b_scale * OCTAVE, b_level)
     if b_next_bias is not None:
         b_bias_tile.store(b_next_bias)
     # ptxas does not move the wait for the product across this branch and its loop.
@@ -134,7 +143,7 @@ def _step(b_q, k_ring, v_ring, b_ones, b_packed, b_decay, b_out, b_max, b_sum, i
     if TWO:
         rings.release(v_ring, i - 1)
         b_out = _add(b_out, b_decay, b_product)
-    b_packed = pack_codes(b_s) if WIDE else pack(b_s, b_scale * OCTAVE, _level(b_new, MASKED))
+    b_packed = pack_codes(b_s) if WIDE else pack(b_s, b_scale * OCTAVE, b_level)
     b_decay = gl.exp2(b_max - _shift(b_new, MASKED))
     b_sum = times_rows(b_sum, b_decay)
     b_decay *= b_ratio
@@ -144,8 +153,19 @@ def _step(b_q, k_ring, v_ring, b_ones, b_packed, b_decay, b_out, b_max, b_sum, i
 
 
 @gluon.jit
-def _bias_of(i, row, KEYS: gl.constexpr):
-    """What the logits of the row's i-th tile get, `[KEYS]`: -inf for padding, that of pools."""
+def _scales_of(i, row, table):
+    """Of the row's i-th tile; pools' scales are behind those of the last key block."""
+    i_block = gl.where(i < row[1], block_at(row[3], i, row[4]), table[1] + i - row[1])
+    return _scales_at(i_block, table)
+
+
+@gluon.jit
+def _bias_of(i, row, b_q_scale, table, b_tile):
+    """What the logits of the row's i-th tile get, `[KEYS]`: -inf for padding, that of pools.
+
+    In float16, or as int32 that the sums of products begin with.
+    """
+    KEYS: gl.constexpr = b_tile.shape[0]
     i_count, pools = row[1], row[7]
     EACH: gl.constexpr = tails.each_key(KEYS)
     if pools is not None:
@@ -155,25 +175,25 @@ def _bias_of(i, row, KEYS: gl.constexpr):
     i_keys = KEYS
     if i < i_count:
         i_keys = real_keys(i, row, KEYS)
-    return gl.where(gl.arange(0, KEYS, EACH) < i_keys, b_bias, float("-inf"))
-
-
-@gluon.jit
-def _scales_of(i, row, scales, NUM_BLOCKS, NUM_SCALES):
-    """Of the row's i-th tile; pools' scales are behind those of the last key block."""
-    i_block = gl.where(i < row[1], block_at(row[3], i, row[4]), NUM_BLOCKS + i - row[1])
-    return _scales_at(i_block, scales, NUM_SCALES)
+    b_bias = gl.where(gl.arange(0, KEYS, EACH) < i_keys, b_bias, float("-inf"))
+    if b_tile.dtype == gl.int32:
+        b_k_scale, _ = _scales_of(i, row, table)
+        b_bias = in_sums(b_bias, not_finer(b_q_scale * b_k_scale))
+    else:
+        b_bias = b_bias.to(gl.float16)
+    return b_bias
 
 
 @gluon.jit
 def attend(b_q, k_ring, v_ring, b_ones, b_bias_tile, b_out, b_max, b_sum, i_tile, row, b_q_scale,
-           scales, NUM_BLOCKS, NUM_SCALES, LAST: gl.constexpr):
+           table, LAST: gl.constexpr):
     """All tiles of a row, of which there is one at least; values one step after keys.
 
     Args:
         i_tile: The row's first tile in the rings.
         row: Its tiles, those of key blocks, and of whole ones among these; the blocks, how many of
             them are listed, all keys, the blocks' lengths or None; its pools or None.
+        table: Its head's scales, how many key blocks it has, and how many scales.
         LAST: How much of the last tile is read, where the row has pools.
 
     Returns:
@@ -182,11 +202,11 @@ def attend(b_q, k_ring, v_ring, b_ones, b_bias_tile, b_out, b_max, b_sum, i_tile
     TILE: gl.constexpr = k_ring[0].shape[1]
     i_end, i_count, i_whole, p_blocks, i_listed = row[0], row[1], row[2], row[3], row[4]
     # Of the first tile that is not a whole block: here, or each row would wait for it.
-    b_bias = _bias_of(i_whole, row, TILE)
-    b_k_scale, b_log = _scales_of(0, row, scales, NUM_BLOCKS, NUM_SCALES)
+    b_bias = _bias_of(i_whole, row, b_q_scale, table, b_bias_tile)
+    b_k_scale, b_log = _scales_of(0, row, table)
     b_scale = b_q_scale * b_k_scale
     if i_whole > 0:
-        b_next_scale, b_next_log = _scales_at(block_at(p_blocks, 1, i_listed), scales, NUM_SCALES)
+        b_next_scale, b_next_log = _scales_at(block_at(p_blocks, 1, i_listed), table)
         i_block = block_at(p_blocks, 2, i_listed)
         b_packed, b_decay, b_out, b_max, b_sum = _step(
             b_q, k_ring, v_ring, b_ones, None, None, b_out, b_max, b_sum, i_tile, i_end > 1,
@@ -195,7 +215,7 @@ def attend(b_q, k_ring, v_ring, b_ones, b_bias_tile, b_out, b_max, b_sum, i_tile
         b_scale = b_q_scale * b_next_scale
         for i in range(1, i_whole):
             # Scales one step ahead, and two steps the index that they wait for.
-            b_later_scale, b_later_log = _scales_at(i_block, scales, NUM_SCALES)
+            b_later_scale, b_later_log = _scales_at(i_block, table)
             i_block = block_at(p_blocks, i + 2, i_listed)
             b_packed, b_decay, b_out, b_max, b_sum = _step(
                 b_q, k_ring, v_ring, b_ones, b_packed, b_decay, b_out, b_max, b_sum, i_tile + i,
@@ -208,24 +228,24 @@ def attend(b_q, k_ring, v_ring, b_ones, b_bias_tile, b_out, b_max, b_sum, i_tile
         b_bias_tile.store(b_bias)
         b_packed, b_decay, b_out, b_max, b_sum = _step(
             b_q, k_ring, v_ring, b_ones, None, None, b_out, b_max, b_sum, i_tile, i_end > 1,
-            b_scale, 1.0, b_bias_tile, _bias_of(1, row, TILE), TILE,
+            b_scale, 1.0, b_bias_tile, _bias_of(1, row, b_q_scale, table, b_bias_tile), TILE,
         )
     i_wide = i_end
     if LAST < TILE:
         # A row's only tile is read whole, which does no harm.
         i_wide = i_end - gl.where((i_end > i_count) & (i_end > 1), 1, 0)
     for i in range(i_tile + gl.maximum(i_whole, 1), i_tile + i_wide):
-        b_k_scale, b_next_log = _scales_of(i - i_tile, row, scales, NUM_BLOCKS, NUM_SCALES)
+        b_k_scale, b_next_log = _scales_of(i - i_tile, row, table)
         b_packed, b_decay, b_out, b_max, b_sum = _step(
             b_q, k_ring, v_ring, b_ones, b_packed, b_decay, b_out, b_max, b_sum, i,
             i + 1 < i_tile + i_end, b_q_scale * b_k_scale, gl.exp2(b_log - b_next_log),
-            b_bias_tile, _bias_of(i - i_tile + 1, row, TILE), TILE,
+            b_bias_tile, _bias_of(i - i_tile + 1, row, b_q_scale, table, b_bias_tile), TILE,
         )
         b_log = b_next_log
     i_last = i_tile + i_end - 1
     if LAST < TILE:
         if i_wide < i_end:
-            b_k_scale, b_next_log = _scales_of(i_wide, row, scales, NUM_BLOCKS, NUM_SCALES)
+            b_k_scale, b_next_log = _scales_of(i_wide, row, table)
             b_narrow, b_decay, b_out, b_max, b_sum = _step(
                 b_q, k_ring, v_ring, b_ones, b_packed, b_decay, b_out, b_max, b_sum, i_last, False,
                 b_q_scale * b_k_scale, gl.exp2(b_log - b_next_log), b_bias_tile, None, LAST,

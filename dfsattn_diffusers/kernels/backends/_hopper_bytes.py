@@ -93,6 +93,8 @@ _EXCESS = gl.constexpr(0.0575)
 # Code 0 is at 2^-7, but for that excess.
 ORIGIN = gl.constexpr(7 - 0.0575)
 
+# Minus this stands for -inf among whole numbers.
+_HIDDEN = gl.constexpr(2.0**30)
 _SMALLEST = gl.constexpr(SMALLEST)
 _E4M3, _INT8 = (gl.constexpr(LARGEST[kind]) for kind in (torch.float8_e4m3fn, torch.int8))
 
@@ -176,20 +178,38 @@ def multiply_vector(b_q, p_x):
 
 @gluon.jit
 def scale_and_hide(b_s, b_scale, b_bias):
-    """Logits, in float16 or as float32, times a scale, plus a bias for each column."""
-    if b_s.dtype == gl.float16:
-        b_even, b_odd = _in_two(b_s)
-        b_bias_even, b_bias_odd = _in_two(b_bias.to(gl.float16)[None, :].broadcast_to(b_s.shape))
-        b_even, b_odd = gl.inline_asm_elementwise(
-            _SCALE, "=h,=h,h,h,r,h,h", [b_even, b_odd, _twice(b_scale), b_bias_even, b_bias_odd],
-            dtype=(gl.float16, gl.float16), is_pure=True, pack=1,
-        )
-        b_s = gl.convert_layout(
-            gl.join(b_even, b_odd).reshape(b_s.shape), b_s.type.layout, assert_trivial=True
-        )
-    else:
-        b_s = b_s.to(gl.float32) * b_scale + b_bias[None, :]
-    return b_s
+    """Logits in float16 times a scale, plus a bias for each column."""
+    LOGITS: gl.constexpr = b_s.type.layout
+    b_even, b_odd = _in_two(b_s)
+    b_bias_even, b_bias_odd = _in_two(b_bias[None, :].broadcast_to(b_s.shape))
+    b_even, b_odd = gl.inline_asm_elementwise(
+        _SCALE, "=h,=h,h,h,r,h,h", [b_even, b_odd, _twice(b_scale), b_bias_even, b_bias_odd],
+        dtype=(gl.float16, gl.float16), is_pure=True, pack=1,
+    )
+    b_s = gl.join(b_even, b_odd).reshape(b_s.shape)
+    return gl.convert_layout(b_s, LOGITS, assert_trivial=True)
+
+
+@gluon.jit
+def not_finer(b_scale):
+    """A scale by which whole sums have room for a bias.
+
+    Logits of a smaller one are all nearly 0, and are so by this one too.
+    """
+    return gl.maximum(b_scale, 2.0**-24)
+
+
+@gluon.jit
+def in_sums(b_bias, b_scale):
+    """A bias as whole sums, which are to be scaled, begin with it."""
+    # The products of two vectors add up to less than 2^21.
+    return gl.minimum(gl.maximum(b_bias / b_scale, -_HIDDEN), _HIDDEN).to(gl.int32)
+
+
+@gluon.jit
+def hide(b_peak, b_scale):
+    """The largest of whole sums times their scale: -inf where all of them began with that."""
+    return gl.where(b_peak < -_HIDDEN / 2 * b_scale, float("-inf"), b_peak)
 
 
 @gluon.jit

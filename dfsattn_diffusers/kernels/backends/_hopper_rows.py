@@ -145,14 +145,21 @@ def clear_padding(v_ring, i_ring, i, row, W: gl.constexpr):
 
 
 @gluon.jit
-def multiply_keys(b_q, b_k, LOGITS: gl.constexpr):
-    """Starts q times k transposed: in float32, of 8-bit floats in float16, of int8 in int32."""
+def multiply_keys(b_q, b_k, LOGITS: gl.constexpr, b_bias=None):
+    """Starts q times k transposed: in float32, of 8-bit floats in float16, of int8 in int32.
+
+    `b_bias`: what each key's sums begin with, in that type.
+    """
     ROWS: gl.constexpr = b_q.shape[0]
     KEYS: gl.constexpr = b_k.shape[0]
     FLOAT: gl.constexpr = gl.float16 if b_q.dtype == gl.float8e4nv else gl.float32
     KIND: gl.constexpr = gl.int32 if b_q.dtype == gl.int8 else FLOAT
-    b_zero = gl.zeros([ROWS, KEYS], KIND, LOGITS)
-    return warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    BIASED: gl.constexpr = b_bias is not None
+    if BIASED:
+        b_s = b_bias[None, :].broadcast_to([ROWS, KEYS])
+    else:
+        b_s = gl.zeros([ROWS, KEYS], KIND, LOGITS)
+    return warpgroup_mma(b_q, b_k.permute((1, 0)), b_s, use_acc=BIASED, is_async=True)
 
 
 @gluon.jit

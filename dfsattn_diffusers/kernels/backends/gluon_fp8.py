@@ -84,7 +84,7 @@ def _consume(
         if i_end > 0:
             b_out, b_last_log, b_max, b_sum = attend(
                 b_q, k_ring, v_ring, b_ones, bias_tiles.index(W), b_out, b_max, b_sum, i_tile, row,
-                b_q_scale, p_scales, NUM_BLOCKS, NUM_SCALES, LAST,
+                b_q_scale, (p_scales, NUM_BLOCKS, NUM_SCALES), LAST,
             )
         i_tile += i_end
 
@@ -119,7 +119,8 @@ def block_sparse_kernel(
     v_ring = rings.make_ring(v.dtype, STAGES, D, KEYS, 2)
     b_ones = make_ones(v.dtype, KEYS)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    bias_tiles = gl.allocate_shared_memory(gl.float32, [2, KEYS], FLAT)
+    SUMS: gl.constexpr = gl.int32 if k.dtype == gl.int8 else gl.float16
+    bias_tiles = gl.allocate_shared_memory(SUMS, [2, KEYS], FLAT)
     rings.fence_async_shared()
     gl.warp_specialize(
         [

@@ -116,7 +116,7 @@ def target(request, monkeypatch):
 
 
 def test_all_that_it_can_do_is_tested():
-    lengths = {"segments", "unsure_segments", "only_empty_blocks"}
+    lengths = {"segments", "unsure_segments", "only_empty_blocks", "beside_an_empty_block"}
     assert {c.__name__ for c in NASTY} - {c.__name__ for c in CHANGES} == lengths
 
 

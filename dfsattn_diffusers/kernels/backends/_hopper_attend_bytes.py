@@ -154,13 +154,17 @@ def _step(b_q, k_ring, v_ring, b_ones, b_packed, b_decay, b_out, b_max, b_sum, i
 
 @gluon.jit
 def _scales_of(i, row, table):
-    """Of the row's i-th tile; pools' scales are behind those of the last key block."""
+    """Scale of the row's logits of its i-th tile, logarithm of its values' scale.
+
+    Pools' are behind those of the last key block.
+    """
     i_block = gl.where(i < row[1], block_at(row[3], i, row[4]), table[1] + i - row[1])
-    return _scales_at(i_block, table)
+    b_k_scale, b_log = _scales_at(i_block, table)
+    return table[3] * b_k_scale, b_log
 
 
 @gluon.jit
-def _bias_of(i, row, b_q_scale, table, b_tile):
+def _bias_of(i, row, table, b_tile):
     """What the logits of the row's i-th tile get, `[KEYS]`: -inf for padding, that of pools.
 
     In float16, or as int32 that the sums of products begin with.
@@ -177,23 +181,24 @@ def _bias_of(i, row, b_q_scale, table, b_tile):
         i_keys = real_keys(i, row, KEYS)
     b_bias = gl.where(gl.arange(0, KEYS, EACH) < i_keys, b_bias, float("-inf"))
     if b_tile.dtype == gl.int32:
-        b_k_scale, _ = _scales_of(i, row, table)
-        b_bias = in_sums(b_bias, not_finer(b_q_scale * b_k_scale))
+        b_scale, _ = _scales_of(i, row, table)
+        b_bias = in_sums(b_bias, b_scale)
     else:
         b_bias = b_bias.to(gl.float16)
     return b_bias
 
 
 @gluon.jit
-def attend(b_q, k_ring, v_ring, b_ones, b_bias_tile, b_out, b_max, b_sum, i_tile, row, b_q_scale,
-           table, LAST: gl.constexpr):
+def attend(b_q, k_ring, v_ring, b_ones, b_bias_tile, b_out, b_max, b_sum, i_tile, row, table,
+           LAST: gl.constexpr):
     """All tiles of a row, of which there is one at least; values one step after keys.
 
     Args:
         i_tile: The row's first tile in the rings.
         row: Its tiles, those of key blocks, and of whole ones among these; the blocks, how many of
             them are listed, all keys, the blocks' lengths or None; its pools or None.
-        table: Its head's scales, how many key blocks it has, and how many scales.
+        table: Its head's scales, how many key blocks it has, and how many scales; the scale of its
+            queries, and of all logits.
         LAST: How much of the last tile is read, where the row has pools.
 
     Returns:
@@ -201,10 +206,10 @@ def attend(b_q, k_ring, v_ring, b_ones, b_bias_tile, b_out, b_max, b_sum, i_tile
     """
     TILE: gl.constexpr = k_ring[0].shape[1]
     i_end, i_count, i_whole, p_blocks, i_listed = row[0], row[1], row[2], row[3], row[4]
+    b_q_scale = table[3]
     # Of the first tile that is not a whole block: here, or each row would wait for it.
-    b_bias = _bias_of(i_whole, row, b_q_scale, table, b_bias_tile)
-    b_k_scale, b_log = _scales_of(0, row, table)
-    b_scale = b_q_scale * b_k_scale
+    b_bias = _bias_of(i_whole, row, table, b_bias_tile)
+    b_scale, b_log = _scales_of(0, row, table)
     if i_whole > 0:
         b_next_scale, b_next_log = _scales_at(block_at(p_blocks, 1, i_listed), table)
         i_block = block_at(p_blocks, 2, i_listed)
@@ -228,27 +233,27 @@ def attend(b_q, k_ring, v_ring, b_ones, b_bias_tile, b_out, b_max, b_sum, i_tile
         b_bias_tile.store(b_bias)
         b_packed, b_decay, b_out, b_max, b_sum = _step(
             b_q, k_ring, v_ring, b_ones, None, None, b_out, b_max, b_sum, i_tile, i_end > 1,
-            b_scale, 1.0, b_bias_tile, _bias_of(1, row, b_q_scale, table, b_bias_tile), TILE,
+            b_scale, 1.0, b_bias_tile, _bias_of(1, row, table, b_bias_tile), TILE,
         )
     i_wide = i_end
     if LAST < TILE:
         # A row's only tile is read whole, which does no harm.
         i_wide = i_end - gl.where((i_end > i_count) & (i_end > 1), 1, 0)
     for i in range(i_tile + gl.maximum(i_whole, 1), i_tile + i_wide):
-        b_k_scale, b_next_log = _scales_of(i - i_tile, row, table)
+        b_biased_scale, b_next_log = _scales_of(i - i_tile, row, table)
         b_packed, b_decay, b_out, b_max, b_sum = _step(
             b_q, k_ring, v_ring, b_ones, b_packed, b_decay, b_out, b_max, b_sum, i,
-            i + 1 < i_tile + i_end, b_q_scale * b_k_scale, gl.exp2(b_log - b_next_log),
-            b_bias_tile, _bias_of(i - i_tile + 1, row, b_q_scale, table, b_bias_tile), TILE,
+            i + 1 < i_tile + i_end, b_biased_scale, gl.exp2(b_log - b_next_log),
+            b_bias_tile, _bias_of(i - i_tile + 1, row, table, b_bias_tile), TILE,
         )
         b_log = b_next_log
     i_last = i_tile + i_end - 1
     if LAST < TILE:
         if i_wide < i_end:
-            b_k_scale, b_next_log = _scales_of(i_wide, row, table)
+            b_biased_scale, b_next_log = _scales_of(i_wide, row, table)
             b_narrow, b_decay, b_out, b_max, b_sum = _step(
                 b_q, k_ring, v_ring, b_ones, b_packed, b_decay, b_out, b_max, b_sum, i_last, False,
-                b_q_scale * b_k_scale, gl.exp2(b_log - b_next_log), b_bias_tile, None, LAST,
+                b_biased_scale, gl.exp2(b_log - b_next_log), b_bias_tile, None, LAST,
             )
             b_log = b_next_log
             b_out, b_sum = _finish(v_ring, b_ones, b_narrow, b_decay, b_out, b_sum, i_last)

@@ -201,9 +201,10 @@ def not_finer(b_scale):
 
 @gluon.jit
 def in_sums(b_bias, b_scale):
-    """A bias as whole sums, which are to be scaled, begin with it."""
+    """A bias as whole sums begin with it that are to be multiplied by `not_finer(b_scale)`."""
     # The products of two vectors add up to less than 2^21.
-    return gl.minimum(gl.maximum(b_bias / b_scale, -_HIDDEN), _HIDDEN).to(gl.int32)
+    b_bias = b_bias / not_finer(b_scale)
+    return gl.minimum(gl.maximum(b_bias, -_HIDDEN), _HIDDEN).to(gl.int32)
 
 
 @gluon.jit

@@ -84,7 +84,7 @@ def _consume(
         if i_end > 0:
             b_out, b_last_log, b_max, b_sum = attend(
                 b_q, k_ring, v_ring, b_ones, bias_tiles.index(W), b_out, b_max, b_sum, i_tile, row,
-                b_q_scale, (p_scales, NUM_BLOCKS, NUM_SCALES), LAST,
+                (p_scales, NUM_BLOCKS, NUM_SCALES, b_q_scale), LAST,
             )
         i_tile += i_end
 
